@@ -1,0 +1,53 @@
+"""The command line: `echorl-nemo train` and `echorl-nemo report`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from echorl_nemo.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. A UserError is printed without a trace."""
+    parser = argparse.ArgumentParser(prog="echorl-nemo", description="EchoRL post-training on Megatron-Core.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a policy on the native engine")
+    train.add_argument("--config-name", default="train", help="primary config, a file of conf/ (default: train)")
+    train.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
+    train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    train.add_argument("overrides", nargs="*", help="Hydra overrides: algo=dapo echorl.coef=0.3 parallel.tensor=2")
+
+    report = commands.add_parser("report", help="write report.html of a run folder")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--out", type=Path, help="file to write (default: run_dir/report.html)")
+
+    options = parser.parse_args(arguments)
+    try:
+        return _train(options) if options.command == "train" else _report(options)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+
+
+def _train(options: argparse.Namespace) -> int:
+    from echorl_nemo.config import load_config, to_yaml
+    from echorl_nemo.engines.megatron.run import train
+
+    config = load_config(options.config_name, options.overrides, options.config_dir)
+    if options.cfg:
+        print(to_yaml(config).rstrip())
+        return 0
+    return train(config, to_yaml(config))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from echorl_nemo.report.logger import REPORT_FILE
+    from echorl_nemo.report.page import write_report
+
+    path = options.out or options.run_dir / REPORT_FILE
+    write_report(options.run_dir, path)
+    print(path)
+    return 0

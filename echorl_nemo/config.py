@@ -1,0 +1,108 @@
+"""From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
+"""`conf/` of a checkout, or its copy in an installed package."""
+
+SCHEMA_NAME = "run_schema"
+"""What a primary config names first in its defaults list, so that every key is known and typed."""
+
+ConfigStore.instance().store(name=SCHEMA_NAME, node=RunConfig)
+
+
+def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> RunConfig:
+    """Compose the primary config ``name`` with Hydra ``overrides`` and check it against the dataclasses.
+
+    ``config_dir``: a folder of one's own, searched before the shipped `conf/`.
+
+    Raises UserError that names the key, the value and the remedy.
+    """
+    directory = (config_dir or CONFIG_DIR).resolve()
+    if not (directory / f"{name}.yaml").is_file():
+        names = sorted(path.stem for path in directory.glob("*.yaml"))
+        raise UserError(f"--config-name={name}: no {name}.yaml in {directory}; there are {', '.join(names) or 'none'}")
+    _check_override_keys(overrides, [CONFIG_DIR, directory])
+    search = [] if directory == CONFIG_DIR else [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            composed = compose(name, overrides=[*overrides, *search])
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"config {name}: {', '.join(missing)} must be given, as {missing[0]}=... or in the file")
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"config {name}: {_explain(error)}") from error
+    except ValueError as error:  # from a section's __post_init__, which names field, value and remedy
+        raise UserError(str(error)) from error
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, as the run folder keeps it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """Read back what `to_yaml` wrote."""
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+    return cast(RunConfig, OmegaConf.to_object(merged))
+
+
+def known_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    for spec in fields(schema):
+        keys.append(prefix + spec.name)
+        if is_dataclass(spec.type):
+            keys += known_keys(spec.type, f"{prefix}{spec.name}.")
+    return keys
+
+
+def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path]) -> None:
+    """Hydra advises `+key` for a key that it does not know; here that is never right, so say what is."""
+    groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
+    keys = known_keys()
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"overrides {list(overrides)}: {_explain(error)}") from error
+    for override in parsed:
+        key = override.key_or_group
+        if key not in groups and key not in keys:
+            raise UserError(f"{override.input_line}: no such key; {nearest(key, keys)}")
+
+
+def nearest(key: str, keys: Sequence[str]) -> str:
+    """Advice that names the valid key nearest to ``key``."""
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    return f"did you mean {close[0]}?"
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's own words, with the nearest valid key where a key was not known."""
+    cause: BaseException | None = error
+    while cause is not None:
+        key = getattr(cause, "full_key", None)
+        if key and key not in known_keys() and "not in" in str(cause):
+            return f"{key}: no such key; {nearest(key, known_keys())}"
+        cause = cause.__cause__
+    lines = [str(error).splitlines()[0]]
+    if error.__cause__ is not None:
+        lines.append(str(error.__cause__).splitlines()[0])
+    return "; ".join(dict.fromkeys(lines))

@@ -1,0 +1,1 @@
+"""Where the method meets a host. Engines never import each other."""

@@ -1,0 +1,1 @@
+"""The native engine: policy, rollouts, trainer and checkpoints on Megatron-Core."""

@@ -1,0 +1,141 @@
+"""Everything about a run that can be checked before a rank starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.echo import boundary_ids
+from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.launch import outer_world
+from echorl_nemo.errors import UserError
+from echorl_nemo.report.logger import METRICS_FILE
+from echorl_nemo.rewards import reward_by_name
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it starts."""
+
+    tokenizer: Tokenizer
+    train_data: PromptData
+    eval_data: PromptData | None
+    boundary_ids: tuple[int, ...]
+
+
+def world_size(config: RunConfig) -> int:
+    """Ranks of the run. Fills in `parallel.data`. Raises UserError if torchrun or srun started another number."""
+    layout, outer = config.parallel, outer_world()
+    replica = layout.tensor * layout.pipeline
+    if layout.data is None:
+        layout.data = 1 if outer is None else max(1, outer // replica)
+    world = replica * layout.data
+    if outer is not None and outer != world:
+        raise UserError(
+            f"{outer} ranks were started, but parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
+            f"x parallel.data={layout.data} is {world}; start {world}, or change parallel.*"
+        )
+    return world
+
+
+def check(config: RunConfig) -> Inputs:
+    """Read tokenizer, model configuration and data, and raise UserError listing every problem of the run."""
+    problems = arithmetic_problems(config)
+    hf_config = _hf_config(config)
+    problems += layout_problems(config, hf_config)
+    tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    train_data = eval_data = None
+    boundaries: tuple[int, ...] = ()
+    try:
+        train_data = PromptData(config.data.train, config.data, tokenizer, field="data.train")
+        if config.data.eval is not None:
+            eval_data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval")
+        reward_by_name(config.data.reward)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        boundaries = boundary_ids(tokenizer, config.echorl.boundary)
+    except ValueError as error:
+        problems.append(str(error))
+    if train_data is not None:
+        problems += length_problems(config, hf_config, train_data)
+    run_dir = Path(config.trainer.run_dir)
+    if not config.trainer.resume and (run_dir / METRICS_FILE).exists():
+        problems.append(
+            f"trainer.run_dir={run_dir} holds a run already; set trainer.resume=true to go on with it, "
+            "or name another folder"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    assert train_data is not None
+    return Inputs(tokenizer, train_data, eval_data, boundaries)
+
+
+def arithmetic_problems(config: RunConfig) -> list[str]:
+    """What does not divide in the step."""
+    trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
+    problems = []
+    if group_size < 2:
+        problems.append(
+            f"rollout.group_size={group_size}: algo.estimator={config.algo.estimator} compares the rollouts of a "
+            "group; use 2 or more"
+        )
+    if config.rollout.temperature == 0:
+        problems.append("rollout.temperature=0 is greedy: the rollouts of a group would be alike; use 1.0 to train")
+    if trainer.prompts_per_step % trainer.minibatch_prompts:
+        problems.append(
+            f"trainer.prompts_per_step={trainer.prompts_per_step} is not divisible by "
+            f"trainer.minibatch_prompts={trainer.minibatch_prompts}"
+        )
+    if trainer.minibatch_prompts % data:
+        problems.append(
+            f"trainer.minibatch_prompts={trainer.minibatch_prompts} groups are not divisible by "
+            f"parallel.data={data}: a group is never split over replicas"
+        )
+    elif trainer.minibatch_prompts // data * group_size % trainer.micro_batch_size:
+        problems.append(
+            f"a replica's {trainer.minibatch_prompts // data} groups x {group_size} rollouts of a mini-batch are "
+            f"not divisible by trainer.micro_batch_size={trainer.micro_batch_size}"
+        )
+    return problems
+
+
+def layout_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]:
+    """What of the model does not divide by the parallel sizes."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
+    wanted = (
+        ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
+        ("key-value heads", kv_heads, "parallel.tensor", tensor),
+        ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
+        ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
+    )
+    return [
+        f"{key}={size}: the model's {count} {what} are not divisible by it; use a divisor of {count}"
+        for what, count, key, size in wanted
+        if count % size
+    ]
+
+
+def length_problems(config: RunConfig, hf_config: PretrainedConfig, data: PromptData) -> list[str]:
+    """Whether prompt and response fit the model's positions."""
+    limit = getattr(hf_config, "max_position_embeddings", None)
+    longest = data.longest + config.rollout.max_new_tokens
+    if limit is not None and longest > limit:
+        return [
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}: with the longest prompt of {data.longest} tokens "
+            f"that is {longest}, the model has {limit} positions"
+        ]
+    return []
+
+
+def _hf_config(config: RunConfig) -> PretrainedConfig:
+    path = config.model.path
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,126 @@
+"""The configuration of a run on the native engine."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from echorl_nemo.data.prompts import DataConfig
+from echorl_nemo.echo import EchoRLConfig
+from echorl_nemo.errors import UserError
+from echorl_nemo.grpo import AlgoConfig
+from echorl_nemo.report.logger import LoggerConfig
+from echorl_nemo.rollout.engine import RolloutConfig
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = MISSING
+    """A Hugging Face folder or hub id: config, safetensors and tokenizer."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How ranks share the work; their number is tensor x pipeline x data."""
+
+    tensor: int = 1
+    """Ranks that share each layer."""
+
+    pipeline: int = 1
+    """Ranks that each hold a stretch of layers."""
+
+    data: int | None = None
+    """Replicas that share the groups of a step. Null: under torchrun or srun what their number of ranks leaves, else 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "data"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"parallel.{name}={value} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The training loop."""
+
+    run_dir: str = "runs/${now:%Y%m%d-%H%M%S}"
+    """Folder of the run: config, metrics, rollouts, checkpoints, report."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint of `run_dir`. False refuses a folder that holds a run."""
+
+    steps: int = 100
+    """Training steps: each generates, verifies, scores and updates."""
+
+    prompts_per_step: int = 128
+    """Prompts, and so groups, of a step."""
+
+    minibatch_prompts: int = 64
+    """Groups of one optimizer step; a step has prompts_per_step / minibatch_prompts of them."""
+
+    micro_batch_size: int = 1
+    """Rollouts in one forward-backward of a rank."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0; constant after that."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+
+    adam_beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+
+    adam_beta2: float = 0.95
+    """AdamW's decay of the gradient's second moment."""
+
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    seed: int = 0
+    """Fixes the order of prompts and the sampling of rollouts."""
+
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end alone."""
+
+    eval_every: int = 0
+    """Steps between evaluations on `data.eval`; 0 evaluates before the first and after the last step alone."""
+
+    eval_group_size: int = 1
+    """Rollouts of each evaluation prompt."""
+
+    export: bool = True
+    """Write the trained policy as a Hugging Face folder, `run_dir`/export, at the end."""
+
+    timeout_minutes: int = 30
+    """How long a collective may wait for a rank before the run is given up."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "minibatch_prompts", "micro_batch_size", "eval_group_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        for name in ("warmup_steps", "save_every", "eval_every", "lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"trainer.{name}={getattr(self, name)} is negative; use 0 or more")
+        if self.clip_grad <= 0:
+            raise UserError(f"trainer.clip_grad={self.clip_grad} must be above 0; use a large value to not clip")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run is made of; one Hydra group of `conf/` each."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    echorl: EchoRLConfig = field(default_factory=EchoRLConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,0 +1,183 @@
+"""Every stand-in that Megatron-Core and Megatron-Bridge need on a machine without a GPU; nothing else is replaced.
+
+The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
+inference context. What stands in: the CUDA device (the CPU answers), CUDA streams and random state (none and torch's),
+packages that Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), and an AdamW that keeps its step
+where Megatron's checkpoints look for it.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+ABSENT_PACKAGES = (
+    "transformer_engine", "transformer_engine_torch", "mamba_ssm", "causal_conv1d", "fla", "nvidia_resiliency_ext",
+    "qwen_vl_utils", "timm", "open_clip", "mlflow", "wandb",
+)  # fmt: skip
+"""Imported by Megatron-Bridge at module level; only those that are really absent get an empty stand-in."""
+
+PROVIDER_OVERRIDES: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+}
+"""Fused kernels exist for CUDA alone."""
+
+_installed: list[TorchFunctionMode] = []
+
+
+def install() -> None:
+    """Put the stand-ins in place, once for each process; a forked rank inherits them."""
+    if _installed:
+        return
+    _replace_cuda()
+    _import_megatron_core()
+    _replace_random_state()
+    sys.meta_path.append(_AbsentPackageFinder())
+    _send_contiguous_shards()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Lets `device="cuda"` in Megatron's calls mean the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # the distributed optimizer recognises its parameters by torch.cuda.FloatTensor
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+class _Stream:
+    """Everything is in order on the CPU, so there is nothing to wait for."""
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _replace_cuda() -> None:
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    stand_ins: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "Stream": lambda *args, **kwargs: _Stream(),
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "stream": lambda *args, **kwargs: nullcontext(),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+
+
+def _import_megatron_core() -> None:
+    """Imported before the stand-in packages exist, so that Megatron-Core itself sees that they are absent."""
+    for module in (
+        "models.gpt", "models.gpt.gpt_layer_specs", "optimizer", "distributed", "pipeline_parallel",
+        "dist_checkpointing", "transformer.multi_latent_attention", "inference.contexts",
+        "inference.communication_utils", "transformer.moe.moe_layer", "transformer.moe.experts",
+        "transformer.moe.moe_utils", "transformer.moe.router",
+    ):  # fmt: skip
+        importlib.import_module(f"megatron.core.{module}")
+
+
+def _replace_random_state() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def get_state(device: str = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    random._set_cuda_rng_state = set_state
+    random._get_cuda_rng_state = get_state
+
+
+def _send_contiguous_shards() -> None:
+    """gloo's scatter sends a non-contiguous shard as if it were contiguous: row-parallel weights would arrive wrong."""
+    scatter = dist.scatter
+
+    def contiguous_scatter(tensor: Any, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+        shards = [shard.contiguous() for shard in scatter_list] if scatter_list else scatter_list
+        return scatter(tensor, shards, *args, **kwargs)
+
+    dist.scatter = contiguous_scatter
+
+
+class _AbsentModule(types.ModuleType):
+    """A module whose every attribute exists and none of which can be used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value: Any
+        if name.islower():
+            value = _AbsentModule(f"{self.__name__}.{name}")
+        else:
+            value = type(name, (_AbsentClass,), {"__module__": self.__name__})
+        setattr(self, name, value)
+        return value
+
+
+class _AbsentClass:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ImportError(f"{type(self).__module__}.{type(self).__name__} needs a GPU machine with that package")
+
+
+class _AbsentPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds an empty stand-in for an absent package; last on the path, so that a present one is found first."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] in ABSENT_PACKAGES:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = _AbsentModule(spec.name)
+        module.__path__ = []
+        module.__version__ = "0.0.0"
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None: ...

@@ -1,0 +1,175 @@
+"""Rollouts from the policy itself, with Megatron-Core's inference context.
+
+Prompts of different lengths share a batch without padding: the batch is prefilled up to its shortest prompt, and a
+longer prompt's tokens are fed one by one where others already sample.
+
+Shapes: B rollouts of a generation batch, A of them active, S positions, V vocabulary entries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from echorl_nemo.data.prompts import Prompt
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.ops import logprob_and_entropy
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.engine import RolloutConfig
+from echorl_nemo.rollout.sampling import rollout_uniforms, sample_tokens
+
+COMPACT_SHARE = 0.2
+"""Finished rollouts leave the batch, and the KV cache, once they are this share of it: each time copies the cache."""
+
+
+class MegatronRolloutEngine:
+    """Generates with the weights that are being trained, so that there is nothing to transfer."""
+
+    def __init__(self, model: PolicyModel, tokenizer: Tokenizer, config: RolloutConfig) -> None:
+        self.model, self.parallel, self.tokenizer, self.config = model, model.parallel, tokenizer, config
+        self._stop = torch.tensor(tokenizer.stop_ids, device=self.parallel.device)
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
+    ) -> RolloutBatch:
+        """See `RolloutEngine.generate`; ``temperature`` overrides the configured one."""
+        rows = [(prompts[i], member) for i in self.parallel.my_share(len(prompts)) for member in range(group_size)]
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0].tokens))  # rows of a batch alike
+        size = self.config.batch_size
+        self.model.ddp.eval()
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(rows), size):
+                chosen = by_length[start : start + size]
+                decoding = _Decoding(
+                    self, [rows[i] for i in chosen], seed, self.config.temperature if temperature is None else temperature
+                )
+                parts.append(decoding.run())
+        mine = None
+        if parts:
+            back_in_order = torch.tensor(by_length).argsort()
+            mine = concatenate(parts).select(back_in_order)
+        return self.parallel.share_rollouts(mine)
+
+    def update_weights(self) -> None:
+        """The weights are shared with the policy."""
+
+
+@dataclass
+class _Decoding:
+    """One generation batch, from prefill to the last stop token. Every rank of the replica steps in unison."""
+
+    engine: MegatronRolloutEngine
+    rows: list[tuple[Prompt, int]]
+    """(prompt, place in its group) of each rollout."""
+    seed: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        budget, device = self.engine.config.max_new_tokens, self.engine.parallel.device
+        prompts = [prompt.tokens for prompt, _ in self.rows]
+        count, self.width = len(self.rows), max(map(len, prompts)) + budget
+        self.prompt_lengths = torch.tensor([len(tokens) for tokens in prompts], device=device)
+        self.tokens = torch.full((count, self.width), self.engine.tokenizer.pad_id, device=device)
+        for row, tokens in enumerate(prompts):
+            self.tokens[row, : len(tokens)] = torch.tensor(tokens, device=device)
+        self.uniforms = torch.stack(
+            [rollout_uniforms(self.seed, prompt.group_id, member, budget) for prompt, member in self.rows]
+        ).to(device)
+        self.lengths = self.prompt_lengths.clone()
+        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
+        self.statistics = torch.zeros(2, count, self.width, device=device)  # log-probs and entropies, on `source`
+
+    def run(self) -> RolloutBatch:
+        context = StaticInferenceContext(len(self.rows), self.width)
+        active = torch.arange(len(self.rows), device=self.tokens.device)  # batch row of each row of the KV cache
+        start, end = 0, int(self.prompt_lengths.min())
+        while True:
+            logits = self._forward(self.tokens[active, start:end], start, context)
+            self._extend(active, logits, end)
+            done = self.finished[active] | (self.lengths[active] - self.prompt_lengths[active] >= self._budget)
+            if bool(done.all()):
+                return self._collect()
+            if float(done.float().mean()) >= COMPACT_SHARE:
+                active = self._drop(active, ~done, context)
+            start, end = end, end + 1
+
+    @property
+    def _budget(self) -> int:
+        return self.engine.config.max_new_tokens
+
+    def _forward(self, tokens: Tensor, start: int, context: StaticInferenceContext) -> Tensor | None:
+        """Logits [A, V] of the last position, on the last pipeline stage; ``tokens`` [A, new positions]."""
+        model, parallel = self.engine.model, self.engine.parallel
+        rows, new = tokens.shape
+        if not parallel.first_stage:
+            shape = (new, rows, model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=model.config.pipeline_dtype, device=parallel.device)
+            recv_from_prev_pipeline_rank_(hidden)
+            model.module.set_input_tensor(hidden)
+        positions = torch.arange(start, start + new, device=tokens.device).expand_as(tokens)
+        output = model.module(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+        context.increment_sequence_len_offset(new)
+        if not parallel.last_stage:
+            send_to_next_pipeline_rank(output)
+            return None
+        return model.mask_padded_vocabulary(output[:, -1], gathered=True)
+
+    def _extend(self, active: Tensor, logits: Tensor | None, position: int) -> None:
+        """Write each active rollout's token at ``position``: its prompt's, or a sampled one."""
+        sampling = (self.prompt_lengths[active] <= position) & ~self.finished[active]
+        sampling &= self.lengths[active] - self.prompt_lengths[active] < self._budget
+        chosen = None
+        if logits is not None:
+            place = (position - self.prompt_lengths[active]).clamp(0, self._budget - 1)
+            chosen = sample_tokens(
+                logits,
+                self.uniforms[active, place],
+                temperature=self.temperature,
+                top_p=self.engine.config.top_p,
+                top_k=self.engine.config.top_k,
+            )
+        # every rank must go on with the same token: the one that `source` chose
+        chosen = self.engine.parallel.broadcast_from_last_stage(chosen, active.shape, torch.long)
+        if logits is not None:
+            logprobs, entropies = logprob_and_entropy(logits, chosen, temperature=self.temperature or 1.0)
+            self.statistics[:, active, position] = torch.stack([logprobs, entropies]) * sampling
+        self.tokens[active, position] = torch.where(sampling, chosen, self.tokens[active, position])
+        self.lengths[active] += sampling
+        self.finished[active] |= sampling & torch.isin(chosen, self.engine._stop)
+
+    def _drop(self, active: Tensor, keep: Tensor, context: StaticInferenceContext) -> Tensor:
+        """Let the finished rollouts leave the batch: their rows go from the KV cache."""
+        for layer, (keys, values) in context.key_value_memory_dict.items():
+            context.key_value_memory_dict[layer] = (keys[:, keep], values[:, keep])
+        active = active[keep]
+        context.max_batch_size = len(active)
+        return active
+
+    def _collect(self) -> RolloutBatch:
+        width = int(self.lengths.max())
+        statistics = self.engine.parallel.broadcast_from_last_stage(
+            self.statistics, self.statistics.shape, torch.float32
+        )[:, :, :width].cpu()
+        tokens, lengths, prompt_lengths = self.tokens[:, :width].cpu(), self.lengths.cpu(), self.prompt_lengths.cpu()
+        positions = torch.arange(width)
+        response_mask = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
+        return RolloutBatch(
+            tokens=tokens,
+            response_mask=response_mask,
+            lengths=lengths,
+            finished=self.finished.cpu(),
+            group_ids=torch.tensor([prompt.group_id for prompt, _ in self.rows]),
+            answers=[prompt.answer for prompt, _ in self.rows],
+            prompts=[prompt.text for prompt, _ in self.rows],
+            responses=[
+                self.engine.tokenizer.decode(row[mask].tolist())
+                for row, mask in zip(tokens, response_mask, strict=True)
+            ],
+            rollout_logprobs=statistics[0],
+            entropies=statistics[1],
+        )

@@ -1,0 +1,98 @@
+"""The policy's model: from a Hugging Face folder into Megatron-Core and back, through Megatron-Bridge."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.gpt_provider import local_layer_spec
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch import Tensor
+
+from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig
+from echorl_nemo.engines.megatron.parallel import Parallel
+from echorl_nemo.engines.megatron.platform import Platform
+
+
+@dataclass
+class PolicyModel:
+    """The shard of the policy that this rank holds."""
+
+    bridge: Any
+    """Megatron-Bridge's AutoBridge of the Hugging Face model."""
+    ddp: Any
+    """megatron.core DistributedDataParallel around the model; what is trained."""
+    config: Any
+    """Its TransformerConfig."""
+    vocab_size: int
+    """Entries of the Hugging Face model's vocabulary; logit columns above it are padding."""
+    parallel: Parallel
+    """The groups that it is spread over."""
+
+    @property
+    def module(self) -> Any:
+        """The model inside, in its own precision; what generates."""
+        return self.ddp.module
+
+    def mask_padded_vocabulary(self, logits: Tensor, *, gathered: bool) -> Tensor:
+        """Set the columns that pad the vocabulary to -inf, in place.
+
+        ``logits`` [..., V/TP] are this rank's shard, or [..., V] if ``gathered``.
+        """
+        rank = 0 if gathered else torch.distributed.get_rank(self.parallel.tensor_group)
+        first_padded = max(0, self.vocab_size - rank * logits.shape[-1])
+        if first_padded < logits.shape[-1]:
+            logits[..., first_padded:] = -torch.inf
+        return logits
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder with the current weights; every rank must call this."""
+        self.bridge.save_hf_pretrained([self.module], str(folder), show_progress=False)
+
+
+def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel, platform: Platform) -> PolicyModel:
+    """Import the Hugging Face weights into this rank's shard and wrap it for data-parallel training."""
+    bridge = AutoBridge.from_hf_pretrained(
+        config.path, torch_dtype=platform.dtype, trust_remote_code=config.trust_remote_code
+    )
+    provider = bridge.to_megatron_provider(load_weights=True)
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "sequence_parallel": False,
+        "params_dtype": platform.dtype,
+        "pipeline_dtype": platform.dtype,
+        "bf16": platform.dtype == torch.bfloat16,
+        "fp16": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # Megatron marks a weight as tensor-parallel while it initialises it, and the gradient norm counts a weight
+        # without the mark on one rank only: Megatron-Bridge's default for loaded weights would make it too small
+        "perform_initialization": True,
+        # pads the vocabulary up to a multiple of the tensor-parallel size, and no further
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": 1,
+        # our losses are divided by the counts of the whole step: Megatron shall neither average nor rescale them
+        "calculate_per_token_loss": True,
+        **platform.provider_overrides,
+    }
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    if not platform.transformer_engine:
+        provider.transformer_layer_spec = local_layer_spec
+    provider.finalize()
+    ddp = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+        ),
+        use_cpu_initialization=provider.use_cpu_initialization,
+        data_parallel_random_init=False,
+    )
+    return PolicyModel(
+        bridge=bridge,
+        ddp=ddp[0],
+        config=provider,
+        vocab_size=bridge.hf_pretrained.config.vocab_size,
+        parallel=parallel,
+    )

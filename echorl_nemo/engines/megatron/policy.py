@@ -1,0 +1,239 @@
+"""The policy: scores rollouts, and learns from them.
+
+Shapes: N rollouts, S positions, B rollouts of a micro-batch, v vocabulary columns of this tensor-parallel rank.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from echorl_nemo.echo import EchoRLConfig, clip_denominator, clip_loss
+from echorl_nemo.engines.megatron.config import TrainerConfig
+from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
+from echorl_nemo.ops import logprob_and_entropy
+from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
+
+METRICS = ("loss", "policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_old")
+"""What a micro-batch reports; each adds up over micro-batches and replicas."""
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Denominators of one optimizer step."""
+
+    totals: StepTotals
+    clip: float
+    """Z of the clip loss."""
+
+
+class MegatronPolicy:
+    """A Megatron-Core model with its optimizer. Every rank calls every method with the same whole batch."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        *,
+        algo: AlgoConfig,
+        echorl: EchoRLConfig,
+        trainer: TrainerConfig,
+        temperature: float,
+        optimizer_steps: int,
+    ) -> None:
+        """``optimizer_steps``: of the whole run, for the learning-rate schedule."""
+        self.model, self.parallel = model, model.parallel
+        self.algo, self.echorl, self.trainer, self.temperature = algo, echorl, trainer, temperature
+        self.optimizer = get_megatron_optimizer(_optimizer_config(trainer, model.config), [model.ddp])
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=trainer.lr,
+            min_lr=trainer.lr,
+            lr_warmup_steps=trainer.warmup_steps,
+            lr_decay_steps=max(optimizer_steps, trainer.warmup_steps + 1),
+            lr_decay_style="constant",
+            start_wd=trainer.weight_decay,
+            end_wd=trainer.weight_decay,
+            wd_incr_steps=max(1, optimizer_steps),
+            wd_incr_style="constant",
+        )
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        model.config.finalize_model_grads_func = _finalize_without_rescaling
+        self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
+
+    def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of the response tokens and exact entropies, each [N, S] float32 nats, from the same logits."""
+        own = list(self.parallel.my_share(len(batch)))
+        self.model.ddp.eval()
+        with torch.no_grad():
+            scored = self._run(batch, self._micro_batches(own), self._score_logits, forward_only=True)
+        width = batch.tokens.shape[1]
+        flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
+        table = self.parallel.broadcast_from_last_stage(flat, (2, len(own), width), torch.float32).cpu()
+        parts = self.parallel.share_objects(
+            [(own, table)] if dist.get_rank(self.parallel.model_group) == 0 else []
+        )
+        result = torch.zeros(2, len(batch), width)
+        for rows, values in parts:
+            result[:, rows] = values
+        result *= batch.response_mask
+        return result[0], result[1]
+
+    def update(self, batch: RolloutBatch) -> dict[str, float]:
+        """One optimizer step on each mini-batch of whole groups; returns the means of their metrics."""
+        groups = list(dict.fromkeys(batch.group_ids.tolist()))
+        per_step = self.trainer.minibatch_prompts
+        steps = [
+            self._optimizer_step(batch, groups[start : start + per_step]) for start in range(0, len(groups), per_step)
+        ]
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+    def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
+        member = torch.isin(batch.group_ids, torch.tensor(groups))
+        batch = batch.select(member.nonzero()[:, 0])
+        counts = self._counts(batch)
+        own = torch.tensor(groups)[list(self.parallel.my_share(len(groups)))]
+        micro_rows = self._micro_batches(torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist())
+
+        self.model.ddp.train()
+        self.model.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self._run(batch, micro_rows, self._loss_of_logits(counts), forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(increment=1)
+        return {**self._sum_reports(reports), "grad_norm": float(grad_norm), "lr": learning_rate}
+
+    def _counts(self, batch: RolloutBatch) -> StepCounts:
+        clip = torch.zeros(())
+        if batch.clip_mask is not None:
+            clip = clip_denominator(batch.clip_mask, batch.response_mask, self.echorl.normalizer)
+        totals = StepTotals(rollouts=float(len(batch)), tokens=float(batch.response_mask.sum()))
+        return StepCounts(totals, float(clip))
+
+    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+        size = self.trainer.micro_batch_size
+        if len(rows) % size:  # pipeline stages exchange micro-batches of one shape
+            raise ValueError(f"{len(rows)} rollouts of a replica do not divide by trainer.micro_batch_size={size}")
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _run(
+        self,
+        batch: RolloutBatch,
+        micro_rows: list[list[int]],
+        use_logits: Callable[[Tensor, RolloutBatch], Any],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` returned for each, last stage only."""
+
+        def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
+            micro = _on_device(batch, next(rows), self.parallel.device)
+            positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
+            output = module(micro.tokens, positions, None)
+            return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
+
+        if not micro_rows:
+            return []
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_rows),
+            model=[self.model.ddp],
+            num_microbatches=len(micro_rows),
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=len(micro_rows[0]),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _score_logits(self, logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor]:
+        return self._token_statistics(logits, micro, train=False)
+
+    def _loss_of_logits(self, counts: StepCounts) -> Callable[[Tensor, RolloutBatch], tuple[Tensor, Tensor, Tensor]]:
+        """The objective: policy loss, less the entropy bonus, plus coef times the clip loss; one backward for all."""
+
+        def loss_of_logits(logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs, entropies = self._token_statistics(logits, micro, train=True)
+            assert micro.old_logprobs is not None and micro.advantages is not None
+            outputs = policy_loss(
+                LossInputs(
+                    logprobs=logprobs,
+                    old_logprobs=micro.old_logprobs,
+                    advantages=micro.advantages,
+                    response_mask=micro.response_mask,
+                    entropies=entropies,
+                    totals=counts.totals,
+                ),
+                self.algo,
+            )
+            loss, clip = outputs.loss, torch.zeros_like(outputs.loss)
+            if micro.clip_mask is not None:
+                clip = clip_loss(logprobs, micro.clip_mask, counts.clip)
+                loss = loss + self.echorl.coef * clip
+            metrics = {**outputs.metrics, "clip_loss": clip, "loss": loss}
+            report = torch.stack([metrics[name].detach().double() for name in METRICS])
+            return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+        return loss_of_logits
+
+    def _token_statistics(self, logits: Tensor, micro: RolloutBatch, *, train: bool) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, each [B, S] and aligned to the token they speak of; ``logits`` [B, S, v]."""
+        logits = self.model.mask_padded_vocabulary(logits, gathered=False)
+        logprobs, entropies = logprob_and_entropy(
+            logits,
+            micro.tokens.roll(-1, dims=1),  # position t's logits produced token t + 1; the last one's are not used
+            group=self.parallel.tensor_group,
+            temperature=self.temperature,
+            entropy_grad=train and self.algo.entropy_coef > 0,
+            inplace_backward=train,
+        )
+        # one column to the right; where() rather than a product, since 0 * -inf is NaN
+        aligned = [torch.nn.functional.pad(values[:, :-1], (1, 0)) for values in (logprobs, entropies)]
+        return (
+            torch.where(micro.response_mask, aligned[0], 0.0),
+            torch.where(micro.response_mask, aligned[1], 0.0),
+        )
+
+    def _sum_reports(self, reports: list[Tensor]) -> dict[str, float]:
+        total = torch.stack(reports).sum(dim=0) if reports and self.parallel.last_stage else None
+        total = self.parallel.broadcast_from_last_stage(total, (len(METRICS),), torch.float64)
+        dist.all_reduce(total, group=self.parallel.data_group)
+        return dict(zip(METRICS, total.tolist(), strict=True))
+
+
+def _on_device(batch: RolloutBatch, rows: list[int], device: torch.device) -> RolloutBatch:
+    """The rollouts ``rows`` on the device, at the whole batch's width: a pipeline's micro-batches have one shape."""
+    micro = batch.select(rows)
+    width = batch.tokens.shape[1]
+    for name, value in vars(micro).items():
+        if isinstance(value, Tensor):
+            value = pad_columns(value, width) if value.dim() == 2 else value
+            setattr(micro, name, value.to(device, non_blocking=True))
+    return micro
+
+
+def _finalize_without_rescaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reduction of gradients, without its division by a token count: our losses are divided already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer_config(trainer: TrainerConfig, model_config: Any) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=trainer.lr,
+        weight_decay=trainer.weight_decay,
+        adam_beta1=trainer.adam_beta1,
+        adam_beta2=trainer.adam_beta2,
+        clip_grad=trainer.clip_grad,
+        bf16=model_config.bf16,
+        params_dtype=model_config.params_dtype,
+        use_distributed_optimizer=True,
+    )

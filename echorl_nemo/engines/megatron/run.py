@@ -1,0 +1,36 @@
+"""A training run: checks first, then ranks."""
+
+import os
+import warnings
+from functools import partial
+
+from echorl_nemo.engines.megatron.checks import check, world_size
+from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.launch import launch
+from echorl_nemo.engines.megatron.platform import detect_platform
+
+
+def train(config: RunConfig, config_yaml: str) -> int:
+    """Check what can be checked, start the ranks, train. Returns an exit code.
+
+    ``config_yaml`` is what the run folder keeps. Raises UserError with every problem found, before a rank starts.
+    """
+    quiet_libraries()
+    world = world_size(config)
+    inputs = check(config)
+    platform = detect_platform()
+    # imported after the platform is known, since Megatron-Bridge needs its stand-ins, and before ranks are forked
+    from echorl_nemo.engines.megatron.worker import run_rank
+
+    return launch(
+        partial(run_rank, config, config_yaml, inputs, platform),
+        world,
+        platform,
+        timeout_minutes=config.trainer.timeout_minutes,
+    )
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say of each other's deprecations and of packages that are not needed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive a fork
+    warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|huggingface_hub|modelopt")

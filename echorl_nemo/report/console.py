@@ -1,0 +1,88 @@
+"""What the terminal shows of a run: a line for each step, a progress bar, a closing summary."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PHASES = ("generate", "verify", "score", "update")
+
+
+def step_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """The diagnosis of a step in one line; ``values`` are its metrics, ``step`` counts from 0."""
+    parts = [
+        f"step {step + 1}/{steps}",
+        f"reward {values['reward']:.3f}",
+        f"all-one {values['all_one']:.2f} all-zero {values['all_zero']:.2f}",
+        f"truncated {values['truncated']:.2f} length {values['response_length']:.0f}",
+    ]
+    if "echorl.clips" in values:
+        parts.append(
+            f"clips {values['echorl.clips']:.0f} share {values['echorl.clip_share']:.2f} "
+            f"stop {values['echorl.stop_coverage']:.2f} loss {values['clip_loss']:.3f}"
+        )
+    parts.append(f"entropy {values['entropy']:.4f} grad {values['grad_norm']:.3g}")
+    split = " ".join(f"{phase} {values[f'time.{phase}']:.1f}" for phase in PHASES)
+    parts.append(f"{values['tokens_per_second']:.0f} tok/s, {split} s")
+    return " | ".join(parts)
+
+
+class RunConsole:
+    """Prints step lines; on a terminal with a progress bar below them."""
+
+    def __init__(self, steps: int, *, first_step: int, progress: bool) -> None:
+        # a log file is no terminal: there a line is not to be cut at 80 columns
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.steps = steps
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (progress and self.console.is_terminal),
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=first_step)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        self.say(step_line(step, self.steps, values))
+        self._progress.update(self._task, completed=step + 1)
+
+    def evaluation(self, values: dict[str, float]) -> None:
+        self.say(
+            f"held-out accuracy {values['eval.accuracy']:.3f} | length {values['eval.response_length']:.0f} | "
+            f"truncated {values['eval.truncated']:.2f}"
+        )
+
+    def summary(self, metrics: Sequence[dict[str, Any]], folder: Path) -> None:
+        """First and last values of the run's metrics, and where its files are."""
+        table = Table("", "first", "last", title="EchoRL run")
+        for label, name, width in (
+            ("held-out accuracy", "eval.accuracy", 1),
+            ("reward", "reward", 3),
+            ("all-correct groups", "all_one", 3),
+            ("all-wrong groups", "all_zero", 3),
+            ("entropy, nats", "entropy", 3),
+            ("response tokens", "response_length", 3),
+            ("clip share", "echorl.clip_share", 3),
+        ):
+            values = [row[name] for row in metrics if name in row]
+            if values:
+                first, last = values[:width], values[-width:]
+                table.add_row(label, f"{sum(first) / len(first):.3f}", f"{sum(last) / len(last):.3f}")
+        self.console.print(table)
+        self.say("means of the first and last 3 steps; accuracy before and after training")
+        for path in sorted(folder.iterdir()):
+            self.say(f"  {path}{'/' if path.is_dir() else ''}")

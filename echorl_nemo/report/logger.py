@@ -1,0 +1,135 @@
+"""The files of a run folder: metrics, rollouts, TensorBoard. Written by one rank."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echorl_nemo.errors import UserError
+from echorl_nemo.rollout.batch import RolloutBatch
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+REPORT_FILE = "report.html"
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What a run writes down."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to `run_dir`/tensorboard."""
+
+    rollouts_every: int = 10
+    """Steps between those whose rollouts are kept; the first and the last step are always among them."""
+
+    rollouts: int = 4
+    """Rollouts kept of such a step, each of another group."""
+
+    progress: bool = True
+    """Show a progress bar, on a terminal."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts_every < 1:
+            raise UserError(f"logger.rollouts_every={self.rollouts_every} must be at least 1")
+        if self.rollouts < 0:
+            raise UserError(f"logger.rollouts={self.rollouts} is negative; use 0 or more")
+
+
+class RunLogger:
+    """Appends to the files of a run folder."""
+
+    def __init__(self, folder: Path, config: LoggerConfig, *, first_step: int) -> None:
+        """``first_step``: what an interrupted run wrote of this step and later ones is dropped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.config = folder, config
+        for name in (METRICS_FILE, ROLLOUTS_FILE):
+            _keep_lines(folder / name, lambda row: row["step"] < first_step)
+        self._board: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics after training step ``step`` (from 0; -1 before the first)."""
+        _append(self.folder / METRICS_FILE, [{"step": step, **values}])
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name.replace(".", "/"), value, step)
+            self._board.flush()
+
+    def keeps_rollouts(self, step: int, *, last: bool) -> bool:
+        return last or step % self.config.rollouts_every == 0
+
+    def rollouts(
+        self, step: int, batch: RolloutBatch, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
+    ) -> None:
+        """Keep one rollout of each of the first groups: one with a clip where the group has any."""
+        _append(
+            self.folder / ROLLOUTS_FILE,
+            [_record(step, batch, row, step_ids, pieces) for row in _rows_to_keep(batch, self.config.rollouts)],
+        )
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of the run folder; none if the file is not there."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _rows_to_keep(batch: RolloutBatch, count: int) -> list[int]:
+    has_clip = batch.clip_mask.any(dim=1) if batch.clip_mask is not None else torch.zeros(len(batch), dtype=torch.bool)
+    kept: dict[int, int] = {}
+    for row, group in enumerate(batch.group_ids.tolist()):
+        if group not in kept and len(kept) == count:
+            continue
+        if group not in kept or (has_clip[row] and not has_clip[kept[group]]):
+            kept[group] = row
+    return list(kept.values())
+
+
+def _record(
+    step: int, batch: RolloutBatch, row: int, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
+) -> dict[str, Any]:
+    mask = batch.response_mask[row]
+
+    def response(values: Tensor | None) -> list[Any]:
+        return [] if values is None else values[row][mask].tolist()
+
+    return {
+        "step": step,
+        "group": int(batch.group_ids[row]),
+        "prompt": batch.prompts[row],
+        "answer": batch.answers[row],
+        "reward": float(batch.rewards[row]) if batch.rewards is not None else None,
+        "advantage": float(batch.advantages[row]) if batch.advantages is not None else None,
+        "finished": bool(batch.finished[row]),
+        "tokens": pieces(response(batch.tokens)),
+        "entropies": [round(value, 5) for value in response(batch.entropies)],
+        "steps": response(step_ids),
+        "clip": [int(inside) for inside in response(batch.clip_mask)],
+    }
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    if path.is_file():
+        kept = [row for row in read_lines(path) if keep(row)]
+        path.write_text("", encoding="utf-8")
+        _append(path, kept)

@@ -1,0 +1,52 @@
+"""Everything that a run shows and writes, in one place; only the main rank has one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from echorl_nemo.report.console import RunConsole
+from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig, RunLogger, read_lines
+from echorl_nemo.report.page import write_report
+from echorl_nemo.rollout.batch import RolloutBatch
+
+
+class Recorder:
+    """The run folder and the terminal."""
+
+    def __init__(
+        self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int
+    ) -> None:
+        self.folder, self.steps = folder, steps
+        self.logger = RunLogger(folder, config, first_step=first_step)
+        (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+        self.console = RunConsole(steps, first_step=first_step, progress=config.progress)
+        self.console.start()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """An evaluation outside a training step."""
+        self.logger.metrics(step, metrics)
+        self.console.evaluation(metrics)
+
+    def step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        batch: RolloutBatch,
+        step_ids: Tensor,
+        pieces: Callable[[list[int]], list[str]],
+    ) -> None:
+        """A training step, its rollouts where they are due."""
+        self.logger.metrics(step, metrics)
+        if self.logger.keeps_rollouts(step, last=step == self.steps - 1):
+            self.logger.rollouts(step, batch, step_ids, pieces)
+        self.console.step(step, metrics)
+        if "eval.accuracy" in metrics:
+            self.console.evaluation(metrics)
+
+    def finish(self) -> None:
+        """Close the files, write the report, print the summary."""
+        self.logger.close()
+        write_report(self.folder, self.folder / REPORT_FILE)
+        self.console.stop()
+        self.console.summary(read_lines(self.folder / METRICS_FILE), self.folder)

@@ -1,0 +1,1 @@
+"""Who generates: the record of rollouts, the protocol of engines, sampling."""
