@@ -94,15 +94,16 @@ def nearest(key: str, keys: Sequence[str]) -> str:
     return f"did you mean {close[0]}?"
 
 
-def _explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's own words, with the nearest valid key where a key was not known."""
+def _explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's own words on one line, with the nearest valid key where a key was not known."""
+    keys = known_keys()
     cause: BaseException | None = error
     while cause is not None:
         key = getattr(cause, "full_key", None)
-        if key and key not in known_keys() and "not in" in str(cause):
-            return f"{key}: no such key; {nearest(key, known_keys())}"
-        cause = cause.__cause__
-    lines = [str(error).splitlines()[0]]
-    if error.__cause__ is not None:
-        lines.append(str(error.__cause__).splitlines()[0])
-    return "; ".join(dict.fromkeys(lines))
+        if key and key not in keys:
+            return f"{key}: no such key; {nearest(key, keys)}"
+        cause = cause.__cause__ or cause.__context__
+    words = [str(error), str(error.__cause__ or "")]
+    return " ".join(
+        " ".join(text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words).split()
+    )

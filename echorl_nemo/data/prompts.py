@@ -112,7 +112,7 @@ def read_jsonl(path: str, *, field: str) -> Iterator[tuple[str, dict[str, Any]]]
     """("file:line", object) of each line that is not blank. Raises UserError for a missing file or a bad line."""
     if not Path(path).is_file():
         raise UserError(f"{field}={path}: no such file")
-    with open(path, encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -122,13 +122,11 @@ def read_jsonl(path: str, *, field: str) -> Iterator[tuple[str, dict[str, Any]]]
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: a JSON {type(row).__name__}, not an object like {{\"prompt\": ...}}")
+                raise UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
             yield where, row
 
 
-def _encode(
-    row: dict[str, Any], where: str, config: DataConfig, tokenizer: Tokenizer
-) -> tuple[str, tuple[int, ...]]:
+def _encode(row: dict[str, Any], where: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
     prompt = row.get(config.prompt_key)
     if isinstance(prompt, str) and not config.chat_template:
         return prompt, tuple(tokenizer.encode(prompt))

@@ -71,4 +71,6 @@ class EchoRLConfig:
             raise ValueError(f"echorl.coef={self.coef} is negative; it weighs a loss that is to fall, use 0 or more")
         is_ids = isinstance(self.boundary, (list, tuple)) and all(type(i) is int and i >= 0 for i in self.boundary)
         if self.boundary != "newline" and not (is_ids and self.boundary):
-            raise ValueError(f"echorl.boundary={self.boundary!r} is not 'newline' or a list of token ids like [198,271]")
+            raise ValueError(
+                f"echorl.boundary={self.boundary!r} is not 'newline' or a list of token ids like [198,271]"
+            )

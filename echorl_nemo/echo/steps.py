@@ -31,7 +31,9 @@ def boundary_ids(tokenizer: VocabularyText, rule: str | Sequence[int] = "newline
         ids = tuple(sorted(set(rule)))
         outside = [i for i in ids if not 0 <= i < size]
         if outside or not ids:
-            raise ValueError(f"echorl.boundary={list(rule)}: ids {outside} are outside the vocabulary of {size} entries")
+            raise ValueError(
+                f"echorl.boundary={list(rule)}: ids {outside} are outside the vocabulary of {size} entries"
+            )
         return ids
     if rule != "newline":
         raise ValueError(f"echorl.boundary={rule!r} is not known; use 'newline' or a list of token ids")

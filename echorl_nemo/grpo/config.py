@@ -36,7 +36,9 @@ class AlgoConfig:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"algo.estimator={self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
         if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"algo.aggregation={self.aggregation!r} is not known; use one of {', '.join(AGGREGATIONS)}")
+            raise ValueError(
+                f"algo.aggregation={self.aggregation!r} is not known; use one of {', '.join(AGGREGATIONS)}"
+            )
         if not 0 <= self.clip_low < 1:
             raise ValueError(f"algo.clip_low={self.clip_low} must lie in [0, 1)")
         if self.clip_high < 0:

@@ -2,9 +2,9 @@
 
 Shapes: T tokens (the leading dimensions flattened), v = V/TP vocabulary columns of this tensor-parallel rank.
 
-Numerics: everything is taken on x - m, m the row's maximum, in float32. With S = sum e^(x-m) and
-Q = sum e^(x-m) (x-m), entropy = log S - Q/S; m and log S are kept apart, since x - (m + log S) would lose the digits
-that a common offset of the logits costs.
+Numerics: everything is taken on y = (x - m) / temperature, m the row's maximum, in float32. With S = sum e^y and
+Q = sum e^y y, entropy = log S - Q/S; m and log S are kept apart, and m is taken off before the division, since a common
+offset of the logits would cost the digits otherwise.
 """
 
 from typing import Any
@@ -56,12 +56,12 @@ class _LogprobEntropy(torch.autograd.Function):
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
         local = targets - _rank(group) * logits.shape[1]
-        row_max, log_sum, entropy, target = _merge(_partials(logits, local, temperature), group)
+        row_max, log_sum, entropy, target = _merge(_partials(logits, local, temperature), group, temperature)
         ctx.save_for_backward(logits, local, row_max, log_sum, entropy)
         ctx.temperature, ctx.entropy_grad, ctx.inplace_backward = temperature, entropy_grad, inplace_backward
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
-        return (target - row_max) - log_sum, entropy
+        return (target - row_max) / temperature - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,7 +69,7 @@ class _LogprobEntropy(torch.autograd.Function):
         grad_logprob, grad_entropy = grads
         out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
         for rows in _chunks(logits, row_max.dtype):
-            shifted = (logits[rows].to(row_max.dtype) / ctx.temperature).sub_(row_max[rows, None])
+            shifted = (logits[rows].to(row_max.dtype) - row_max[rows, None]).div_(ctx.temperature)
             shifted.sub_(log_sum[rows, None])  # log-softmax
             probs = shifted.exp()
             grad = probs * -grad_logprob[rows, None]
@@ -88,12 +88,12 @@ def _partials(logits: Tensor, local: Tensor, temperature: float) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     parts = torch.empty(len(logits), 4, dtype=dtype, device=logits.device)
     for rows in _chunks(logits, dtype):
-        scaled = logits[rows].to(dtype) / temperature
-        row_max = scaled.max(dim=1).values
+        wide = logits[rows].to(dtype)
+        row_max = wide.max(dim=1).values
         here = _on_shard(local[rows], logits.shape[1])
-        target = scaled.gather(1, local[rows].clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        target = wide.gather(1, local[rows].clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         # a shard may be masked as a whole: its maximum is -inf, its sums are 0
-        shifted = scaled - torch.where(row_max == -torch.inf, 0.0, row_max)[:, None]
+        shifted = (wide - torch.where(row_max == -torch.inf, 0.0, row_max)[:, None]).div_(temperature)
         exp = shifted.exp()
         parts[rows, 0] = row_max
         parts[rows, 1] = exp.sum(dim=1)
@@ -102,7 +102,7 @@ def _partials(logits: Tensor, local: Tensor, temperature: float) -> Tensor:
     return parts
 
 
-def _merge(parts: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merge(parts: Tensor, group: dist.ProcessGroup | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row maximum, log S, entropy and target logit over the whole vocabulary, each [T]; one all-gather."""
     if group is not None and dist.get_world_size(group) > 1:
         gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
@@ -112,7 +112,7 @@ def _merge(parts: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tens
         shards = parts[None]
     shard_max, shard_sum, shard_q, shard_target = shards.unbind(-1)
     row_max = shard_max.max(dim=0).values
-    offset = shard_max - row_max
+    offset = (shard_max - row_max) / temperature
     scale = offset.exp()
     total = (scale * shard_sum).sum(dim=0)
     weighted = scale * (shard_q + offset.masked_fill(offset == -torch.inf, 0.0) * shard_sum)

@@ -14,9 +14,7 @@ from echorl_nemo.rollout.batch import RolloutBatch
 class Recorder:
     """The run folder and the terminal."""
 
-    def __init__(
-        self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int
-    ) -> None:
+    def __init__(self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int) -> None:
         self.folder, self.steps = folder, steps
         self.logger = RunLogger(folder, config, first_step=first_step)
         (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")

@@ -52,7 +52,9 @@ def write_prompts(path: Path, chains: list[Chain]) -> None:
             file.write(json.dumps({"prompt": chain.prompt, "answer": str(answer), "solution": solution}) + "\n")
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, chains: list[Chain], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, chains: list[Chain], texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [N, S], right-padded, and labels [N, S] that are -100 outside the response."""
     prompts = [tokenizer(chain.prompt)["input_ids"] for chain in chains]
     responses = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]

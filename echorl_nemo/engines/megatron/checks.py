@@ -110,6 +110,7 @@ def layout_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]
         ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
         ("key-value heads", kv_heads, "parallel.tensor", tensor),
         ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
+        ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
         ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
     )
     return [

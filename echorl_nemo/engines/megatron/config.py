@@ -34,7 +34,7 @@ class ParallelConfig:
     """Ranks that each hold a stretch of layers."""
 
     data: int | None = None
-    """Replicas that share the groups of a step. Null: under torchrun or srun what their number of ranks leaves, else 1."""
+    """Replicas that share the groups of a step. Null: what the ranks that torchrun or srun started leave, else 1."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data"):

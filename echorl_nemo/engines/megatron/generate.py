@@ -46,7 +46,10 @@ class MegatronRolloutEngine:
             for start in range(0, len(rows), size):
                 chosen = by_length[start : start + size]
                 decoding = _Decoding(
-                    self, [rows[i] for i in chosen], seed, self.config.temperature if temperature is None else temperature
+                    self,
+                    [rows[i] for i in chosen],
+                    seed,
+                    self.config.temperature if temperature is None else temperature,
                 )
                 parts.append(decoding.run())
         mine = None
@@ -117,7 +120,8 @@ class _Decoding:
         if not parallel.last_stage:
             send_to_next_pipeline_rank(output)
             return None
-        return model.mask_padded_vocabulary(output[:, -1], gathered=True)
+        logits: Tensor = output[:, -1]
+        return logits
 
     def _extend(self, active: Tensor, logits: Tensor | None, position: int) -> None:
         """Write each active rollout's token at ``position``: its prompt's, or a sampled one."""

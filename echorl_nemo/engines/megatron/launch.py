@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def launch(function: RankFunction, world: int, platform: Platform, *, timeout_mi
         if world == 1:
             _as_rank(function, platform, rendezvous, 0, 1, timeout_minutes)
             return 0
-        context = multiprocessing.get_context(platform.start_method)
+        context: Any = multiprocessing.get_context(platform.start_method)
         ranks = [
             context.Process(
                 target=_child, args=(function, platform, rendezvous, rank, world, timeout_minutes), name=f"rank {rank}"
@@ -88,7 +89,11 @@ def _as_rank(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     platform.device()
     dist.init_process_group(
-        platform.backend, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes)
+        platform.backend,
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     function()
     dist.destroy_process_group()

@@ -8,7 +8,6 @@ import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import local_layer_spec
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch import Tensor
 
 from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
@@ -25,8 +24,6 @@ class PolicyModel:
     """megatron.core DistributedDataParallel around the model; what is trained."""
     config: Any
     """Its TransformerConfig."""
-    vocab_size: int
-    """Entries of the Hugging Face model's vocabulary; logit columns above it are padding."""
     parallel: Parallel
     """The groups that it is spread over."""
 
@@ -34,17 +31,6 @@ class PolicyModel:
     def module(self) -> Any:
         """The model inside, in its own precision; what generates."""
         return self.ddp.module
-
-    def mask_padded_vocabulary(self, logits: Tensor, *, gathered: bool) -> Tensor:
-        """Set the columns that pad the vocabulary to -inf, in place.
-
-        ``logits`` [..., V/TP] are this rank's shard, or [..., V] if ``gathered``.
-        """
-        rank = 0 if gathered else torch.distributed.get_rank(self.parallel.tensor_group)
-        first_padded = max(0, self.vocab_size - rank * logits.shape[-1])
-        if first_padded < logits.shape[-1]:
-            logits[..., first_padded:] = -torch.inf
-        return logits
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with the current weights; every rank must call this."""
@@ -70,9 +56,8 @@ def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel,
         # Megatron marks a weight as tensor-parallel while it initialises it, and the gradient norm counts a weight
         # without the mark on one rank only: Megatron-Bridge's default for loaded weights would make it too small
         "perform_initialization": True,
-        # pads the vocabulary up to a multiple of the tensor-parallel size, and no further
-        "should_pad_vocab": True,
-        "make_vocab_size_divisible_by": 1,
+        # padded columns would take part in every softmax
+        "should_pad_vocab": False,
         # our losses are divided by the counts of the whole step: Megatron shall neither average nor rescale them
         "calculate_per_token_loss": True,
         **platform.provider_overrides,
@@ -93,6 +78,5 @@ def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel,
         bridge=bridge,
         ddp=ddp[0],
         config=provider,
-        vocab_size=bridge.hf_pretrained.config.vocab_size,
         parallel=parallel,
     )

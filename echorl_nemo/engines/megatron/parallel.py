@@ -55,7 +55,7 @@ class Parallel:
         return [item for part in gathered for item in part]
 
     def share_rollouts(self, mine: RolloutBatch | None) -> RolloutBatch:
-        """The rollouts of all replicas, in their order. Each replica's first rank gives its own, None if it has none."""
+        """The rollouts of all replicas, in their order; ``mine`` is None where a replica has none."""
         speaks = dist.get_rank(self.model_group) == 0 and mine is not None
         parts = self.share_objects([(self.data_rank, mine)] if speaks else [])
         return concatenate([part for _, part in sorted(parts, key=lambda item: item[0])])

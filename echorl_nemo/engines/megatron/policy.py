@@ -78,9 +78,7 @@ class MegatronPolicy:
         width = batch.tokens.shape[1]
         flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
         table = self.parallel.broadcast_from_last_stage(flat, (2, len(own), width), torch.float32).cpu()
-        parts = self.parallel.share_objects(
-            [(own, table)] if dist.get_rank(self.parallel.model_group) == 0 else []
-        )
+        parts = self.parallel.share_objects([(own, table)] if dist.get_rank(self.parallel.model_group) == 0 else [])
         result = torch.zeros(2, len(batch), width)
         for rows, values in parts:
             result[:, rows] = values
@@ -133,7 +131,7 @@ class MegatronPolicy:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` returned for each, last stage only."""
+        """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
 
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             micro = _on_device(batch, next(rows), self.parallel.device)
@@ -186,7 +184,6 @@ class MegatronPolicy:
 
     def _token_statistics(self, logits: Tensor, micro: RolloutBatch, *, train: bool) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, each [B, S] and aligned to the token they speak of; ``logits`` [B, S, v]."""
-        logits = self.model.mask_padded_vocabulary(logits, gathered=False)
         logprobs, entropies = logprob_and_entropy(
             logits,
             micro.tokens.roll(-1, dims=1),  # position t's logits produced token t + 1; the last one's are not used

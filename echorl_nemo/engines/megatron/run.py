@@ -1,8 +1,11 @@
 """A training run: checks first, then ranks."""
 
+import logging
 import os
 import warnings
 from functools import partial
+
+from transformers.utils import logging as transformers_logging
 
 from echorl_nemo.engines.megatron.checks import check, world_size
 from echorl_nemo.engines.megatron.config import RunConfig
@@ -33,4 +36,7 @@ def train(config: RunConfig, config_yaml: str) -> int:
 def quiet_libraries() -> None:
     """Silence what the libraries say of each other's deprecations and of packages that are not needed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive a fork
-    warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|huggingface_hub|modelopt")
+    # a warning that passes through cpu.py's function mode is torch's too
+    warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|echorl_nemo\.engines\.megatron\.cpu")
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("megatron.bridge.utils.fusions").setLevel(logging.ERROR)

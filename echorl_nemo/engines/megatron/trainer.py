@@ -62,9 +62,7 @@ class Trainer:
     def roll_out(self, prompts: list[Prompt]) -> RolloutBatch:
         """Rollouts of ``prompts``, verified, with advantages."""
         with self._timed("generate"):
-            batch = self.rollout.generate(
-                prompts, self.config.rollout.group_size, seed=self.config.trainer.seed
-            )
+            batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=self.config.trainer.seed)
         with self._timed("verify"):
             batch.rewards = self.verify(batch)
         batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=self.config.algo.estimator)
@@ -96,9 +94,7 @@ class Trainer:
         """Rewards, [N] float32; the ranks of the run share the work."""
         rank = torch.distributed.get_rank()
         world = torch.distributed.get_world_size()
-        mine = [
-            (row, self.reward(batch.responses[row], batch.answers[row])) for row in range(rank, len(batch), world)
-        ]
+        mine = [(row, self.reward(batch.responses[row], batch.answers[row])) for row in range(rank, len(batch), world)]
         rewards = torch.zeros(len(batch))
         for row, reward in self.parallel.share_objects(mine):
             rewards[row] = reward

@@ -1,0 +1,33 @@
+"""Fixtures of all tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+torch.set_num_threads(1)  # a thread pool of this process would not survive in the ranks that it forks
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Callable[..., list[Any]]:
+    """Runs a function on real gloo ranks: ``ranks(world, function, *args)`` gives each rank's result, in order."""
+    return run_ranks
+
+
+@pytest.fixture(scope="session")
+def tiny_chain() -> Path:
+    """The embedded task's shipped folder."""
+    return REPOSITORY / "examples" / "tiny_chain" / "made"
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository as the working directory, where the shipped configs find the tiny task."""
+    monkeypatch.chdir(REPOSITORY)
+    return REPOSITORY

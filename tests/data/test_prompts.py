@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echorl_nemo.data.prompts import DataConfig, PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_chain: Path) -> Tokenizer:
+    return Tokenizer(str(tiny_chain / "model"))
+
+
+def load(tokenizer: Tokenizer, path: Path, *lines: Any, **settings: Any) -> PromptData:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return PromptData(str(path), DataConfig(train=str(path), **settings), tokenizer, field="data.train")
+
+
+def test_prompts_are_read_with_their_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row = {"question": "6a+7b*3", "target": 9}
+    data = load(tokenizer, tmp_path / "x.jsonl", row, "\n", row, prompt_key="question", answer_key="target")
+    assert len(data) == 2
+    prompt = data.all()[0]
+    assert (prompt.text, prompt.answer) == ("6a+7b*3", "9")
+    assert tokenizer.decode(prompt.tokens) == "6a+7b*3" and len(prompt.tokens) == 5
+
+
+def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = load(tokenizer, tmp_path / "x.jsonl", *({"prompt": f"{i}a+{i}", "answer": i} for i in range(1, 10)))
+    steps = [data.step(step, 6, seed=3) for step in range(3)]
+    asked = [prompt for prompts in steps for prompt in prompts]
+    first, second = [p.answer for p in asked[:9]], [p.answer for p in asked[9:]]
+    assert sorted(first) == sorted(second) == [str(i) for i in range(1, 10)]
+    assert first != second
+    assert [p.group_id for p in asked] == list(range(18))
+    assert [p.answer for p in data.step(1, 6, seed=3)] == [p.answer for p in steps[1]]
+    assert [p.answer for p in data.step(0, 9, seed=4)] != first
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        (['{"prompt": "6a+7", "answer": 3}\n', "{oops\n"], {}, r"x.jsonl:2: not JSON .*one JSON object"),
+        (["[1]\n"], {}, "x.jsonl:1: a JSON list, not an object"),
+        (["\n"], {}, "data.train=.*x.jsonl holds no prompt"),
+        ([{"question": "6a+7"}], {}, "x.jsonl:1: prompt=None is no text.*the line has question: see data.prompt_key"),
+        ([{"prompt": "6a+7"}], {}, "x.jsonl:1: answer=None is no text or number; see data.answer_key"),
+        (
+            [{"prompt": "6a+7b+7", "answer": "0"}],
+            {"max_prompt_tokens": 4},
+            "x.jsonl:1: the prompt has 5 tokens, data.max_prompt_tokens=4; raise the limit or drop the line",
+        ),
+        ([{"prompt": "6a+7", "answer": "3"}], {"chat_template": True}, "the tokenizer has no chat template"),
+    ],
+)
+def test_bad_data_names_file_line_and_remedy(
+    tokenizer: Tokenizer, tmp_path: Path, lines: list[Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tokenizer, tmp_path / "x.jsonl", *lines, **settings)
+
+
+def test_a_missing_file_names_its_key(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"data.eval=nowhere.jsonl: no such file"):
+        PromptData("nowhere.jsonl", DataConfig(train="x"), tokenizer, field="data.eval")
+
+
+def test_messages_go_through_the_chat_template(tokenizer: Tokenizer, tmp_path: Path, tiny_chain: Path) -> None:
+    chat = Tokenizer(str(tiny_chain / "model"))
+    chat.hf.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    messages = [{"role": "user", "content": "6a+7"}]
+    for row, settings in (
+        ({"prompt": messages, "answer": "3"}, {}),
+        ({"prompt": "6a+7", "answer": "3"}, {"chat_template": True}),
+    ):
+        assert load(chat, tmp_path / "x.jsonl", row, **settings).all()[0].text == "6a+7="
+    with_system = load(chat, tmp_path / "x.jsonl", {"prompt": messages, "answer": "3"}, system_prompt="1")
+    assert with_system.all()[0].text == "16a+7="

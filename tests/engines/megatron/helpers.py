@@ -1,0 +1,105 @@
+"""A native engine on the tiny task, on ranks that a test started."""
+
+import os
+from typing import Any
+
+import torch
+
+from echorl_nemo.config import load_config
+from echorl_nemo.echo import segment_steps
+from echorl_nemo.engines.megatron.checks import check, world_size
+from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.platform import detect_platform
+from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.rollout.batch import RolloutBatch
+
+quiet_libraries()
+PLATFORM = detect_platform()
+
+from echorl_nemo.engines.megatron.trainer import Trainer  # noqa: E402
+from echorl_nemo.engines.megatron.worker import build_trainer  # noqa: E402
+
+LAYOUTS = {
+    "TP1": [],
+    "TP2": ["parallel.tensor=2"],
+    "PP2": ["parallel.pipeline=2"],
+    "TP2xPP2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "DP2": ["parallel.data=2"],
+}
+"""Overrides of each parallel layout that is tested."""
+
+GROUP_SIZE = 4
+
+
+def tiny_config(*overrides: str) -> RunConfig:
+    """The quickstart, small: 4 groups of 4, one optimizer step on all."""
+    os.environ.pop("RANK", None)
+    return load_config(
+        "quickstart",
+        [
+            "parallel=single",
+            "trainer.run_dir=/nonexistent/run",
+            "trainer.prompts_per_step=4",
+            "trainer.minibatch_prompts=4",
+            "trainer.micro_batch_size=4",
+            f"rollout.group_size={GROUP_SIZE}",
+            *overrides,
+        ],
+    )
+
+
+def world_of(config: RunConfig) -> int:
+    return world_size(config)
+
+
+def trainer_of(config: RunConfig) -> Trainer:
+    """On a rank: the trainer of ``config``."""
+    config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
+    return build_trainer(config, check(config), PLATFORM)
+
+
+def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None) -> RolloutBatch:
+    """4 groups of 4 random rollouts of many lengths: an all-success group, a mixed one, one without success, and one
+    with a truncated success. Two data-parallel ranks get 6 clips and 1."""
+    generator = torch.Generator().manual_seed(11)
+    rewards = rewards or [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    prompt_lengths = torch.tensor([5, 9, 7, 13]).repeat_interleave(4)
+    response_lengths = torch.randint(2, 22, (16,), generator=generator)
+    lengths = prompt_lengths + response_lengths
+    positions = torch.arange(int(lengths.max())).expand(16, -1)
+    response = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
+    tokens = torch.randint(3, 33, positions.shape, generator=generator)
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = newline
+    tokens[torch.arange(16), lengths - 1] = eos
+    tokens[positions >= lengths[:, None]] = 0
+    finished = torch.ones(16, dtype=torch.bool)
+    finished[13] = False
+    flat = torch.tensor(rewards).flatten().float()
+    return RolloutBatch(
+        tokens=tokens,
+        response_mask=response,
+        lengths=lengths,
+        finished=finished,
+        group_ids=torch.arange(4).repeat_interleave(4),
+        rewards=flat,
+    )
+
+
+def prepared_batch(trainer: Trainer, **options: Any) -> tuple[RolloutBatch, dict[str, float]]:
+    """The example, scored and with its clips, as `Trainer.step` makes it; and the clips' statistics."""
+    from echorl_nemo.grpo import group_advantages
+
+    (newline,) = trainer.boundary_ids
+    batch = example_batch(newline, eos=1, **options)
+    assert batch.rewards is not None
+    batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=trainer.config.algo.estimator)
+    selection = trainer.annotate(batch, segment_steps(batch.tokens, batch.response_mask, trainer.boundary_ids))
+    return batch, selection.stats if selection is not None else {}
+
+
+def off_policy(batch: RolloutBatch) -> RolloutBatch:
+    """As if some updates had passed since: ratios on both sides of the clip."""
+    assert batch.old_logprobs is not None
+    noise = torch.randn(batch.old_logprobs.shape, generator=torch.Generator().manual_seed(5))
+    batch.old_logprobs = batch.old_logprobs + 0.3 * noise * batch.response_mask
+    return batch

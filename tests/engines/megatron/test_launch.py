@@ -1,0 +1,67 @@
+"""Ranks that the program starts by itself."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from echorl_nemo.engines.megatron.launch import launch, outer_world
+from echorl_nemo.errors import UserError
+from tests.engines.megatron.helpers import PLATFORM
+
+
+def test_every_rank_runs_and_meets_the_others(tmp_path: Path) -> None:
+    def rank() -> None:
+        everyone = [0] * dist.get_world_size()
+        dist.all_gather_object(everyone, dist.get_rank())
+        (tmp_path / str(dist.get_rank())).write_text(str(everyone))
+
+    assert launch(rank, 3, PLATFORM, timeout_minutes=1) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["[0, 1, 2]"] * 3
+
+
+def test_a_rank_that_dies_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    def rank() -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), 9)
+        time.sleep(60)
+
+    start = time.monotonic()
+    assert launch(rank, 2, PLATFORM, timeout_minutes=1) == 1
+    assert time.monotonic() - start < 30
+    assert "rank 1 was killed by signal 9" in capfd.readouterr().err
+
+
+def test_a_user_error_on_a_rank_is_told_without_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    def rank() -> None:
+        if dist.get_rank() == 0:
+            raise UserError("trainer.x=1 is wrong; use 2")
+        time.sleep(60)
+
+    assert launch(rank, 2, PLATFORM, timeout_minutes=1) == 1
+    assert capfd.readouterr().err == "error: trainer.x=1 is wrong; use 2\n"
+
+
+def test_torchrun_and_srun_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert outer_world() is None
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell
+    assert outer_world() is None
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert outer_world() == 16
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert outer_world() == 4
+
+
+def test_srun_without_an_address_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match="MASTER_ADDR is not set: under srun"):
+        launch(lambda: None, 2, PLATFORM, timeout_minutes=1)

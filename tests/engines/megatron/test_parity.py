@@ -1,0 +1,68 @@
+"""The same weights, data and seed give the same step in every layout and micro-batch size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from echorl_nemo.engines.megatron.config import RunConfig
+from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of, world_of
+
+EXACT = {"lr"}
+
+
+def _first_steps(config: RunConfig) -> dict[str, Any]:
+    """Scores and statistics of the example, and the metrics of two optimizer steps on it."""
+    trainer = trainer_of(config)
+    batch, stats = prepared_batch(trainer)
+    scored = (batch.old_logprobs, batch.entropies)
+    batch = off_policy(batch)
+    metrics = [trainer.policy.update(batch) for _ in range(2)]
+    return {"scored": scored, "clip_mask": batch.clip_mask, "stats": stats, "metrics": metrics}
+
+
+def run(ranks: Callable[..., list[Any]], *overrides: str) -> list[dict[str, Any]]:
+    config = tiny_config("algo=dapo", "algo.entropy_coef=0.01", *overrides)
+    return ranks(world_of(config), _first_steps, config)
+
+
+@pytest.fixture(scope="module")
+def baseline(ranks: Callable[..., list[Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(request.config.rootpath)
+        (result,) = run(ranks)
+    return result
+
+
+def test_the_example_has_what_makes_it_hard(baseline: dict[str, Any]) -> None:
+    clips = baseline["clip_mask"].any(dim=1)
+    assert clips[:8].sum() == 6 and clips[8:].sum() == 1
+    for metrics in baseline["metrics"]:
+        assert 0.02 < metrics["ratio_clipped"] < 0.98
+        assert all(metrics[name] != 0 for name in ("loss", "policy_loss", "clip_loss", "entropy", "grad_norm"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch_size"),
+    [("TP1", 1), ("TP1", 2), ("TP2", 2), ("PP2", 1), ("PP2", 4), ("TP2xPP2", 4), ("DP2", 1), ("DP2", 4)],
+)
+def test_steps_are_the_same(
+    ranks: Callable[..., list[Any]], baseline: dict[str, Any], layout: str, micro_batch_size: int
+) -> None:
+    for result in run(ranks, *LAYOUTS[layout], f"trainer.micro_batch_size={micro_batch_size}"):
+        for ours, expected in zip(result["scored"], baseline["scored"], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(result["clip_mask"], baseline["clip_mask"])
+        assert result["stats"] == pytest.approx(baseline["stats"], rel=1e-4)
+        for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo"])
+def test_other_aggregations_are_the_same_over_data_parallel_ranks(ranks: Callable[..., list[Any]], preset: str) -> None:
+    overrides = [f"algo={preset}", "echorl.normalizer=clips"]
+    (whole,) = run(ranks, *overrides)
+    for part in run(ranks, *overrides, *LAYOUTS["DP2"], "trainer.micro_batch_size=2"):
+        for ours, expected in zip(part["metrics"], whole["metrics"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,80 @@
+"""The command line, as a user meets it: in processes of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from echorl_nemo.cli import main
+from echorl_nemo.report.logger import read_lines
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "echorl_nemo", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_run_from_start_to_report(in_repository: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = cli(
+        "train", "--config-name", "quickstart", "trainer.steps=3", f"trainer.run_dir={run}", "trainer.eval_every=2",
+        "trainer.prompts_per_step=4", "trainer.minibatch_prompts=2", "trainer.micro_batch_size=4",
+        "rollout.group_size=4", "logger.rollouts_every=2", cwd=in_repository,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3 and lines[2].startswith("step 3/3 | reward 0.")
+    for word in ("all-one", "all-zero", "clips", "share", "entropy", "grad", "tok/s", "generate", "verify", "score"):
+        assert word in lines[0]
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [-1, 0, 1, 2]
+    assert [("eval.accuracy" in row) for row in metrics] == [True, False, True, True]
+    assert metrics[1]["rollout.logprob_gap"] < 1e-5 and metrics[1]["rollout.entropy_gap"] < 1e-4
+    rollouts = read_lines(run / "rollouts.jsonl")
+    assert sorted({row["step"] for row in rollouts}) == [0, 2] and len(rollouts) == 8
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["steps"] == 3
+    assert list((run / "tensorboard").glob("events*"))
+    assert (run / "checkpoints" / "step-000003").is_dir()
+    assert (run / "export" / "model.safetensors").is_file()
+    assert "EchoRL run" in (run / "report.html").read_text()
+    again = cli("train", "--config-name", "quickstart", f"trainer.run_dir={run}", cwd=in_repository)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: trainer.run_dir=") and "Traceback" not in again.stderr
+
+
+def test_a_learning_run_under_torchrun(in_repository: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "echorl_nemo", "train", "--config-name", "quickstart", "trainer.steps=1",
+        "parallel=single", "trainer.prompts_per_step=2", "trainer.minibatch_prompts=2", "data.eval=null",
+        f"trainer.run_dir={tmp_path / 'run'}", "trainer.micro_batch_size=8",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=in_repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_the_resolved_configuration_is_printed(in_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config-name", "quickstart", "--cfg", "job", "algo=dapo", "echorl.coef=0.3"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["algo"]["clip_high"] == 0.28 and printed["echorl"]["coef"] == 0.3
+
+
+def test_errors_are_one_line_each(in_repository: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = ["parallel.tensor=3", "data.train=nowhere.jsonl", f"trainer.run_dir={tmp_path / 'run'}"]
+    assert main(["train", "--config-name", "quickstart", *overrides]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3 and all(line.startswith("error: ") for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no metrics; is" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 0.5}) + "\n")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()

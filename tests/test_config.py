@@ -1,0 +1,127 @@
+"""Every shipped config parses, and what is not known is fatal."""
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from echorl_nemo import echo, grpo
+from echorl_nemo.config import CONFIG_DIR, from_yaml, known_keys, load_config, to_yaml
+from echorl_nemo.data.prompts import DataConfig
+from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig, RunConfig, TrainerConfig
+from echorl_nemo.errors import UserError
+from echorl_nemo.report.logger import LoggerConfig
+from echorl_nemo.rollout.engine import RolloutConfig
+
+GROUPS = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+REQUIRED = ["model.path=some/model", "data.train=some/file.jsonl"]
+
+
+def test_the_groups_are_the_sections_of_the_schema() -> None:
+    assert sorted(spec.name for spec in fields(RunConfig)) == GROUPS
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
+def test_every_primary_config_parses(name: str) -> None:
+    assert isinstance(load_config(name, REQUIRED), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, path.stem) for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))],
+)
+def test_every_option_of_every_group_parses(group: str, option: str) -> None:
+    config = load_config("train", [f"{group}={option}", *REQUIRED])
+    text = (CONFIG_DIR / group / f"{option}.yaml").read_text()
+    for key, value in (yaml.safe_load(text) or {}).items():
+        if not isinstance(value, str):
+            assert getattr(getattr(config, group), key) == value
+    assert text.startswith("#") or len(text) < 120  # says what it is for
+
+
+def test_overrides_reach_their_fields() -> None:
+    config = load_config("quickstart", ["algo=dapo", "echorl.coef=0.25", "parallel.tensor=2", "echorl.boundary=[3,4]"])
+    assert (config.algo.clip_high, config.echorl.coef, config.parallel.tensor) == (0.28, 0.25, 2)
+    assert list(config.echorl.boundary) == [3, 4]
+
+
+def test_the_papers_settings() -> None:
+    config = load_config("train", REQUIRED)
+    assert (config.algo.estimator, config.algo.aggregation, config.algo.constant_length) == (
+        "dr_grpo",
+        "constant",
+        8192,
+    )
+    assert (config.algo.entropy_coef, config.echorl.coef, config.echorl.scope) == (1e-3, 1e-3, "success")
+    assert (config.trainer.lr, config.trainer.prompts_per_step, config.trainer.minibatch_prompts) == (1e-6, 128, 64)
+    assert (config.rollout.group_size, config.rollout.temperature) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("echorl.coeff=1", r"echorl.coeff=1: no such key; did you mean echorl.coef\?"),
+        ("+echorl.coeff=1", r"\+echorl.coeff=1: no such key; did you mean echorl.coef\?"),
+        ("++trainer.step=1", r"did you mean trainer.steps\?"),
+        ("+traner.steps=1", r"did you mean trainer.steps\?"),
+        ("algo=dappo", "Could not find 'algo/dappo' Available options in 'algo': dapo dr_grpo grpo"),
+        ("echorl.coef=much", "'much' of type 'str' could not be converted to Float"),
+        ("echorl.coef=-1", "echorl.coef=-1.0 is negative"),
+        ("echorl.scope=everything", "echorl.scope='everything' is not known; use one of success, degenerate"),
+        ("parallel.tensor=0", "parallel.tensor=0 must be at least 1"),
+        ("rollout.top_p=2", r"rollout.top_p=2.0 must lie in \(0, 1\]"),
+        ("rollout.engine=vllm", "rollout.engine='vllm' is not known; use megatron"),
+        ("trainer.lr", "trainer.lr"),
+    ],
+)
+def test_what_is_not_known_is_fatal(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", [override])
+
+
+def test_missing_values_are_named() -> None:
+    with pytest.raises(UserError, match="config train: data.train, model.path must be given"):
+        load_config("train")
+
+
+def test_an_unknown_primary_config_names_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"--config-name=quick: no quick.yaml in .*; there are quickstart, train"):
+        load_config("quick")
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [run_schema, quickstart, _self_]\nechorl: {coef: 0.125}\n")
+    assert load_config("mine", config_dir=tmp_path).echorl.coef == 0.125
+    (tmp_path / "mine.yaml").write_text("defaults: [run_schema, quickstart, _self_]\nechorl: {coeff: 0.125}\n")
+    with pytest.raises(UserError, match=r"echorl.coeff: no such key; did you mean echorl.coef\?"):
+        load_config("mine", config_dir=tmp_path)
+    (tmp_path / "mine.yaml").write_text("defaults: [quickstart, _self_]\nnew_section: {x: 1}\n")
+    with pytest.raises(UserError, match="new_section: no such key"):
+        load_config("mine", config_dir=tmp_path)
+
+
+def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
+    config = load_config("quickstart")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
+        LoggerConfig,
+    ],
+)  # fmt: skip
+def test_every_field_has_its_docstring(section: type) -> None:
+    assert is_dataclass(section)
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    body = definition.body
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), f"{section.__name__}.{ast.unparse(statement.target)}"
+    assert len(known_keys(section)) == len(fields(section))
