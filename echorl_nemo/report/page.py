@@ -104,6 +104,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1320px; margin: 2rem aut
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; }
 .charts svg { width: 100%; height: auto; }
+.charts svg text { fill: currentColor; }
 .rollouts { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 1rem; }
 .rollout { border: 1px solid var(--line); border-radius: 6px; padding: .7rem 1rem; }
 .facts { font-size: .85rem; opacity: .8; }
@@ -121,7 +122,7 @@ pre { border: 1px solid var(--line); border-radius: 6px; padding: 1rem; overflow
 {% endfor %}</div>
 <h2>Rollouts</h2>
 <p>A token's <span class="token" style="--shade:.7">shade</span> is the entropy of the distribution that produced it,
-full at {{ shade }} nats; one row is one step, with its mean entropy at the end, in bold where it peaks. The
+full at {{ shade }} nats; one row is one step, with its mean entropy at the end, in bold where it is highest. The
 <span class="clip">EchoClip</span> is underlined.</p>
 <div class="rollouts">
 {% for rollout in rollouts %}<div class="rollout">

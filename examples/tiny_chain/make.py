@@ -45,6 +45,14 @@ def make_model() -> Qwen2ForCausalLM:
     )  # fmt: skip
 
 
+def write_data(folder: Path) -> None:
+    """Distinct chains of 2 to 6 operations: 1024 to train on, 256 held out."""
+    rng = random.Random(SEED + 1)
+    distinct = list(dict.fromkeys(random_chain(rng, 2, 6) for _ in range(2000)))
+    write_prompts(folder / "train.jsonl", distinct[:1024])
+    write_prompts(folder / "eval.jsonl", distinct[1024:1280])
+
+
 def write_prompts(path: Path, chains: list[Chain]) -> None:
     with path.open("w") as file:
         for chain in chains:
@@ -115,16 +123,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rng = random.Random(SEED + 1)
-    distinct = list(dict.fromkeys(random_chain(rng, 2, 6) for _ in range(2000)))
-    write_prompts(args.out / "train.jsonl", distinct[:1024])
-    write_prompts(args.out / "eval.jsonl", distinct[1024:1280])
-
+    write_data(args.out)
     tokenizer, model = make_tokenizer(), make_model()
     warm_start(model, tokenizer, args.steps)
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     print(f"parameters {model.num_parameters()}")
+    rng = random.Random(SEED + 2)
     for name, bounds in {"in range (2 to 6 operations)": (2, 6), "longer (7 to 8)": (7, 8)}.items():
         chains = [random_chain(rng, *bounds) for _ in range(1024)]
         print(f"sampled accuracy, {name}: {sampled_accuracy(model, tokenizer, chains):.3f}")

@@ -54,19 +54,17 @@ def launch(function: RankFunction, world: int, platform: Platform, *, timeout_mi
         for process in ranks:
             process.start()
         try:
-            while any(process.is_alive() for process in ranks):
-                if any(process.exitcode for process in ranks):
-                    break
+            while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
                 time.sleep(POLL_SECONDS)
+            failed = [process for process in ranks if process.exitcode]
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.terminate()
             for process in ranks:
                 process.join()
-        failed = [process for process in ranks if process.exitcode and process.exitcode != -15]
         for process in failed:
-            if process.exitcode is not None and process.exitcode < 0:
+            if process.exitcode < 0:
                 print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr)
         return 1 if failed else 0
 
@@ -101,11 +99,11 @@ def _as_rank(
 
 def _adopt_slurm_environment() -> None:
     """srun names its variables differently from torchrun."""
-    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        if ours not in os.environ and slurms in os.environ:
-            os.environ[ours] = os.environ[slurms]
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(
                 f"{name} is not set: under srun, export MASTER_ADDR (the job's first host) and MASTER_PORT before it"
             )
+    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if ours not in os.environ and slurms in os.environ:
+            os.environ[ours] = os.environ[slurms]

@@ -26,6 +26,8 @@ class PolicyModel:
     """Its TransformerConfig."""
     parallel: Parallel
     """The groups that it is spread over."""
+    call_options: dict[str, Any]
+    """Of a forward that wants its logits as they were computed, not as a float32 copy."""
 
     @property
     def module(self) -> Any:
@@ -79,4 +81,5 @@ def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel,
         ddp=ddp[0],
         config=provider,
         parallel=parallel,
+        call_options={"fp32_output": False} if provider.bf16 else {},
     )

@@ -64,6 +64,9 @@ class MegatronPolicy:
             end_wd=trainer.weight_decay,
             wd_incr_steps=max(1, optimizer_steps),
             wd_incr_style="constant",
+            # a resumed run follows its configuration, not what its checkpoint was trained with
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize_without_rescaling
@@ -136,7 +139,7 @@ class MegatronPolicy:
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             micro = _on_device(batch, next(rows), self.parallel.device)
             positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-            output = module(micro.tokens, positions, None)
+            output = module(micro.tokens, positions, None, **self.model.call_options)
             return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
 
         if not micro_rows:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.data.prompts import Prompt, PromptData
-from echorl_nemo.echo import ClipSelection, segment_steps, select_clips
+from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
@@ -46,11 +46,7 @@ class Trainer:
         prompts = self.train_data.step(step, self.config.trainer.prompts_per_step, seed=self.config.trainer.seed)
         batch = self.roll_out(prompts)
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
-        selection = self.annotate(batch, step_ids)
-        metrics = batch_metrics(batch, self.config.echorl.success_reward)
-        metrics |= self._agreement
-        if selection is not None:
-            metrics |= {f"echorl.{name}": value for name, value in selection.stats.items()}
+        metrics = batch_metrics(batch, self.config.echorl.success_reward) | self.annotate(batch, step_ids)
         with self._timed("update"):
             metrics |= self.policy.update(batch)
             self.rollout.update_weights()
@@ -68,16 +64,16 @@ class Trainer:
         batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=self.config.algo.estimator)
         return batch
 
-    def annotate(self, batch: RolloutBatch, step_ids: Tensor) -> ClipSelection | None:
-        """Fill in old log-probs and entropies (one pass, both from the same logits) and the EchoClips."""
+    def annotate(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
+        """Fill in old log-probs, entropies (one pass, both from the same logits) and EchoClips; returns their metrics."""
         echorl = self.config.echorl
         with self._timed("score"):
             batch.old_logprobs, entropies = self.policy.score(batch)
-        self._agreement = agreement(batch, entropies)
+        metrics = agreement(batch, entropies)
         if echorl.entropy_source == "policy":
             batch.entropies = entropies
         if not echorl.enabled:
-            return None
+            return metrics
         assert batch.entropies is not None and batch.rewards is not None
         selection = select_clips(
             batch.entropies,
@@ -88,7 +84,7 @@ class Trainer:
             config=echorl,
         )
         batch.clip_mask = selection.mask
-        return selection
+        return metrics | {f"echorl.{name}": value for name, value in selection.stats.items()}
 
     def verify(self, batch: RolloutBatch) -> Tensor:
         """Rewards, [N] float32; the ranks of the run share the work."""

@@ -11,6 +11,7 @@ from echorl_nemo.engines.megatron.checks import check, world_size
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.grpo import group_advantages
 from echorl_nemo.rollout.batch import RolloutBatch
 
 quiet_libraries()
@@ -86,15 +87,12 @@ def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = No
 
 
 def prepared_batch(trainer: Trainer, **options: Any) -> tuple[RolloutBatch, dict[str, float]]:
-    """The example, scored and with its clips, as `Trainer.step` makes it; and the clips' statistics."""
-    from echorl_nemo.grpo import group_advantages
-
+    """The example, scored and with its clips, as `Trainer.step` makes it; and what that reported."""
     (newline,) = trainer.boundary_ids
     batch = example_batch(newline, eos=1, **options)
     assert batch.rewards is not None
     batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=trainer.config.algo.estimator)
-    selection = trainer.annotate(batch, segment_steps(batch.tokens, batch.response_mask, trainer.boundary_ids))
-    return batch, selection.stats if selection is not None else {}
+    return batch, trainer.annotate(batch, segment_steps(batch.tokens, batch.response_mask, trainer.boundary_ids))
 
 
 def off_policy(batch: RolloutBatch) -> RolloutBatch:

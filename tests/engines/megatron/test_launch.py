@@ -65,3 +65,11 @@ def test_srun_without_an_address_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(UserError, match="MASTER_ADDR is not set: under srun"):
         launch(lambda: None, 2, PLATFORM, timeout_minutes=1)
+
+
+def test_a_rank_ended_from_outside_is_a_failure() -> None:
+    def rank() -> None:
+        os.kill(os.getpid(), 15)
+        time.sleep(60)
+
+    assert launch(rank, 2, PLATFORM, timeout_minutes=1) == 1
