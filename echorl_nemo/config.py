@@ -1,6 +1,7 @@
 """From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent
-CONFIG_DIR = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
-"""`conf/` of a checkout, or its copy in an installed package."""
+_CHECKOUT = Path(__file__).resolve().parents[1] / "conf"
+CONFIG_DIR = _CHECKOUT if _CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "echorl_nemo" / "conf"
+"""`conf/` of a checkout, or where an installed package put it."""
 
 SCHEMA_NAME = "run_schema"
 """What a primary config names first in its defaults list, so that every key is known and typed."""

@@ -1,6 +1,7 @@
 """Every shipped config parses, and what is not known is fatal."""
 
 import ast
+import configparser
 import inspect
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -22,6 +23,15 @@ REQUIRED = ["model.path=some/model", "data.train=some/file.jsonl"]
 
 def test_the_groups_are_the_sections_of_the_schema() -> None:
     assert sorted(spec.name for spec in fields(RunConfig)) == GROUPS
+
+
+def test_an_installed_package_carries_every_group() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(CONFIG_DIR.parent / "setup.cfg")
+    installed = {
+        target.removeprefix("share/echorl_nemo/conf"): files for target, files in setup["options.data_files"].items()
+    }
+    assert installed == {"": "conf/*.yaml"} | {f"/{group}": f"conf/{group}/*.yaml" for group in GROUPS}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))

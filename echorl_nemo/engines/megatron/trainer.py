@@ -65,7 +65,7 @@ class Trainer:
         return batch
 
     def annotate(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
-        """Fill in old log-probs, entropies (one pass, both from the same logits) and EchoClips; returns their metrics."""
+        """Fill in old log-probs, entropies (one pass, both from the same logits) and EchoClips; their metrics."""
         echorl = self.config.echorl
         with self._timed("score"):
             batch.old_logprobs, entropies = self.policy.score(batch)
