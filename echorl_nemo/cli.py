@@ -23,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("run_dir", type=Path)
     report.add_argument("--out", type=Path, help="file to write (default: run_dir/report.html)")
 
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if strange := [argument for argument in rest if argument.startswith("-") or options.command != "train"]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:  # overrides after an option that came after others
+        options.overrides += rest
     try:
         return _train(options) if options.command == "train" else _report(options)
     except UserError as error:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,14 +35,15 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
 
     Raises UserError that names the key, the value and the remedy.
     """
-    directory = (config_dir or CONFIG_DIR).resolve()
-    if not (directory / f"{name}.yaml").is_file():
-        names = sorted(path.stem for path in directory.glob("*.yaml"))
-        raise UserError(f"--config-name={name}: no {name}.yaml in {directory}; there are {', '.join(names) or 'none'}")
-    _check_override_keys(overrides, [CONFIG_DIR, directory])
-    search = [] if directory == CONFIG_DIR else [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+    folders = [CONFIG_DIR] if config_dir is None else [config_dir.resolve(), CONFIG_DIR]
+    names = {path.stem: folder for folder in reversed(folders) for path in folder.glob("*.yaml")}
+    if name not in names:
+        raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
+    _check_override_keys(overrides, folders)
+    others = ",".join(f"file://{folder}" for folder in folders if folder != names[name])
+    search = [f"hydra.searchpath=[{others}]"] if others else []
     try:
-        with initialize_config_dir(str(directory), version_base="1.3"):
+        with initialize_config_dir(str(names[name]), version_base="1.3"):
             composed = compose(name, overrides=[*overrides, *search])
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -50,6 +52,8 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
         return cast(RunConfig, OmegaConf.to_object(merged))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"config {name}: {_explain(error)}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {name}: not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # from a section's __post_init__, which names field, value and remedy
         raise UserError(str(error)) from error
 
@@ -57,12 +61,6 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, as the run folder keeps it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def from_yaml(path: Path) -> RunConfig:
-    """Read back what `to_yaml` wrote."""
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    return cast(RunConfig, OmegaConf.to_object(merged))
 
 
 def known_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
@@ -99,12 +97,14 @@ def _explain(error: BaseException) -> str:
     """Hydra's and OmegaConf's own words on one line, with the nearest valid key where a key was not known."""
     keys = known_keys()
     cause: BaseException | None = error
+    where = ""
     while cause is not None:
         key = getattr(cause, "full_key", None)
         if key and key not in keys:
             return f"{key}: no such key; {nearest(key, keys)}"
+        where = f"{key}: " if key else where
         cause = cause.__cause__ or cause.__context__
     words = [str(error), str(error.__cause__ or "")]
-    return " ".join(
+    return where + " ".join(
         " ".join(text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words).split()
     )

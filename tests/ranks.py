@@ -3,10 +3,11 @@
 import multiprocessing
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         for _, sender in pipes:
             sender.close()
         try:
-            return [_result(rank, receiver) for rank, (receiver, _) in enumerate(pipes)]
+            return _results([receiver for receiver, _ in pipes])
         finally:
             for process in processes:
                 if process.is_alive():
@@ -42,16 +43,26 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
                 process.join()
 
 
-def _result(rank: int, receiver: Connection) -> Any:
-    if not receiver.poll(TIMEOUT.total_seconds()):
-        raise AssertionError(f"rank {rank} gave no result in {TIMEOUT}")
-    try:
-        failure, value = pickle.loads(receiver.recv_bytes())
-    except EOFError as error:
-        raise AssertionError(f"rank {rank} died without a word") from error
-    if failure:
-        raise AssertionError(f"rank {rank} failed:\n{failure}")
-    return value
+def _results(receivers: list[Connection]) -> list[Any]:
+    """Each rank's result. The first rank to fail is the cause: what the others then say of lost peers is not."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while len(results) < len(receivers):
+        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
+        ready = wait(waiting, timeout=deadline - time.monotonic())
+        if not ready:
+            missing = sorted(set(range(len(receivers))) - set(results))
+            raise AssertionError(f"ranks {missing} gave no result in {TIMEOUT}")
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = receivers.index(receiver)
+            try:
+                failure, results[rank] = pickle.loads(receiver.recv_bytes())
+            except EOFError as error:
+                raise AssertionError(f"rank {rank} died without a word") from error
+            if failure:
+                raise AssertionError(f"rank {rank} failed:\n{failure}")
+    return [results[rank] for rank in range(len(receivers))]
 
 
 def _rank(

@@ -54,7 +54,7 @@ class Prompt:
 
 
 class PromptData:
-    """The prompts of a file, in the order of a seeded shuffle that depends on the step alone."""
+    """The prompts of a file, in the order of a seeded shuffle that depends on their position alone."""
 
     def __init__(self, path: str, config: DataConfig, tokenizer: Tokenizer, *, field: str) -> None:
         """``field`` names the config key of ``path`` in errors. Raises UserError for a bad file, line or prompt."""
@@ -66,6 +66,8 @@ class PromptData:
             answer = row.get(config.answer_key)
             if not isinstance(answer, (str, int, float)):
                 raise UserError(f"{where}: {config.answer_key}={answer!r} is no text or number; see data.answer_key")
+            if not tokens:
+                raise UserError(f"{where}: {config.prompt_key} is empty; drop the line")
             if len(tokens) > config.max_prompt_tokens:
                 raise UserError(
                     f"{where}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens={config.max_prompt_tokens}; "
@@ -89,11 +91,11 @@ class PromptData:
         """Every prompt, in the file's order."""
         return [self._prompt(index, group_id=index) for index in range(len(self))]
 
-    def step(self, step: int, count: int, *, seed: int) -> list[Prompt]:
-        """The ``count`` prompts of training step ``step`` (from 0): the next ones of an endless sequence of
-        shuffled epochs, so that a resumed run needs no state but the step."""
+    def sequence(self, start: int, count: int, *, seed: int) -> list[Prompt]:
+        """``count`` prompts from position ``start`` of an endless sequence of shuffled epochs, so that a resumed run
+        needs no state but its position."""
         prompts, orders = [], {}
-        for position in range(step * count, (step + 1) * count):
+        for position in range(start, start + count):
             epoch, offset = divmod(position, len(self))
             if epoch not in orders:
                 orders[epoch] = self._order(epoch, seed)
@@ -112,15 +114,15 @@ def read_jsonl(path: str, *, field: str) -> Iterator[tuple[str, dict[str, Any]]]
     """("file:line", object) of each line that is not blank. Raises UserError for a missing file or a bad line."""
     if not Path(path).is_file():
         raise UserError(f"{field}={path}: no such file")
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object") from error
             if not isinstance(row, dict):
                 raise UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
             yield where, row
@@ -141,5 +143,8 @@ def _encode(row: dict[str, Any], where: str, config: DataConfig, tokenizer: Toke
         )
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    text = tokenizer.render_chat(messages)
-    return text, tuple(tokenizer.encode(text))
+    try:
+        text = tokenizer.render_chat(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return text, tuple(tokenizer.encode(text, rendered=True))

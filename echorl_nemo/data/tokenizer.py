@@ -29,9 +29,10 @@ class Tokenizer:
         """Text of each sequence of ids; as the vocabulary's text for `echo.boundary_ids`."""
         return self.hf.batch_decode(sequences, **kwargs)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, as it stands: a chat template has its special tokens already, a plain prompt gets none."""
-        return self.hf.encode(text, add_special_tokens=False)
+    def encode(self, text: str, *, rendered: bool = False) -> list[int]:
+        """Ids of a prompt. A plain one gets the tokenizer's own special tokens, a beginning of sequence where the model
+        has one; a ``rendered`` chat template has them in its text."""
+        return self.hf.encode(text, add_special_tokens=not rendered)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""

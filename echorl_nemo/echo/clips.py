@@ -61,6 +61,7 @@ def select_clips(
     peak = heights.argmax(dim=1)  # the earliest on ties
     peak_entropy = heights.max(dim=1).values
     eligible = eligible_rollouts(rewards, finished, group_ids, config) & (n_steps > 0)
+    n_eligible = float(eligible.sum())
     if config.per_group == "top":
         eligible &= _highest_of_group(peak_entropy, eligible, group_ids)
     first, last, eligible = _span(config, peak, heights, lengths, n_steps, eligible, group_ids)
@@ -76,7 +77,7 @@ def select_clips(
         "relative_peak": _mean(((peak + 0.5) / n_steps.clamp(min=1))[has_clip]),
         "stop_coverage": _mean((last == n_steps - 1)[has_clip]),
         "peak_entropy": _mean(peak_entropy[has_clip]),
-        "eligible": float(eligible.sum()),
+        "eligible": n_eligible,
         "unsegmented": _mean((n_steps == 1)[n_steps > 0]),
     }
     return ClipSelection(
@@ -144,12 +145,12 @@ def _span(
         case "lowest_prefix":
             return zero, torch.where(lengths > 0, heights, torch.inf).argmin(dim=1), eligible
         case "random_prefix":
-            return zero, _step_at(_uniform(_fingerprint(lengths, group_ids), config.seed), n_steps), eligible
+            prints = _fingerprint(lengths, heights, group_ids)
+            return zero, _step_at(_uniform(prints, config.seed), n_steps), eligible
         case _:
-            donor_position, has_donor = _position_of_another(
-                (peak + 0.5) / n_steps.clamp(min=1), eligible, _fingerprint(lengths, group_ids)
-            )
-            return zero, _step_at(donor_position, n_steps), eligible & has_donor
+            prints = _fingerprint(lengths, heights, group_ids)
+            position, has_donor = _position_of_another((peak + 0.5) / n_steps.clamp(min=1), eligible, prints)
+            return zero, _step_at(position, n_steps), eligible & has_donor
 
 
 def _step_at(position: Tensor, n_steps: Tensor) -> Tensor:
@@ -170,14 +171,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def _fingerprint(lengths: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] int64 that depends on a rollout's group and step lengths alone: not on its row, rank or rounding.
-
-    Rollouts of one group whose steps have the same lengths share it.
-    """
+def _fingerprint(lengths: Tensor, heights: Tensor, group_ids: Tensor) -> Tensor:
+    """[N] int64 that depends on what a rollout is, not on its row or rank: a scramble of its group, its step lengths
+    and, among the rollouts that share those, its place by the entropy of its highest step."""
     steps = torch.arange(1, lengths.shape[1] + 1, device=lengths.device)
     terms = torch.where(lengths > 0, _mix(lengths * 1_000_003 + steps), 0)
-    return _mix(terms.sum(dim=1) + _mix(group_ids.long()))
+    shape = _mix(terms.sum(dim=1) + _mix(group_ids.long()))
+    order = torch.argsort(heights.max(dim=1).values, stable=True)
+    order = order[torch.argsort(shape[order], stable=True)]
+    rows = torch.arange(len(order), device=order.device)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[1:] = shape[order][1:] != shape[order][:-1]
+    place = torch.empty_like(order)
+    place[order] = rows - torch.where(new, rows, 0).cummax(dim=0).values if len(order) else rows
+    return _mix(shape + _mix(place + 1))
 
 
 def _uniform(fingerprint: Tensor, seed: int) -> Tensor:
@@ -189,11 +196,10 @@ def _uniform(fingerprint: Tensor, seed: int) -> Tensor:
 def _position_of_another(position: Tensor, eligible: Tensor, fingerprint: Tensor) -> tuple[Tensor, Tensor]:
     """Relative peak position of another eligible rollout, [N] float64, and whether there is one, [N] bool.
 
-    Rollouts are put in the order of their fingerprints (then positions), and each takes from the next one: the
-    pairing does not depend on the order of rows.
+    Rollouts are put in the order of their fingerprints, which is random, and each takes from the next one: the pairing
+    does not depend on the order of rows.
     """
     rows = eligible.nonzero()[:, 0]
-    rows = rows[torch.argsort(position[rows], stable=True)]
     rows = rows[torch.argsort(fingerprint[rows], stable=True)]
     taken = torch.zeros_like(position, dtype=torch.float64)
     taken[rows] = position[rows.roll(-1)].double()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.grpo.config import AlgoConfig
+from echorl_nemo.grpo.kl import kl_estimate
+from echorl_nemo.grpo.mismatch import mismatch_weights, needs_mismatch_weights
 
 MAX_LOG_RATIO = 20.0
 """exp() of more would overflow to inf, and inf times an advantage of 0 is NaN."""
@@ -22,8 +24,11 @@ class StepTotals:
     """Counts over the whole optimizer step."""
 
     rollouts: float
+    """Rollouts that take part in the loss."""
     tokens: float
-    """Response tokens."""
+    """Their response tokens."""
+    response_tokens: float
+    """Response tokens of all rollouts; what metrics are means over."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,15 @@ class LossInputs:
     """[N] or [N, S]."""
     response_mask: Tensor
     """[N, S] bool."""
+    counted: Tensor
+    """[N] bool: the rollouts that take part in the loss (`grpo.sampling.counted_rollouts`)."""
     entropies: Tensor
     """[N, S] nats; carries a gradient if there is an entropy bonus."""
     totals: StepTotals
+    rollout_logprobs: Tensor | None = None
+    """[N, S] nats, of the rollout engine; needed by `tis_cap` and IcePop."""
+    reference_logprobs: Tensor | None = None
+    """[N, S] nats, of the reference policy; needed by a KL in the loss."""
 
 
 @dataclass(frozen=True)
@@ -52,44 +63,69 @@ class LossOutputs:
 
 
 def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
-    """Clipped surrogate loss less the entropy bonus (arXiv 1707.06347, equation 7).
+    """Surrogate loss, plus `kl_coef` x KL, less `entropy_coef` x entropy; `AlgoConfig` says what each setting is.
 
-    Metrics: `policy_loss`, `entropy` (mean over tokens, nats), `ratio_clipped` (share of tokens whose gradient the
-    clip removed), `kl_old` (mean over tokens of r - 1 - log r, nats; arXiv 2402.03300, equation 4).
+    Metrics: `policy_loss`; means over all response tokens of `entropy` (nats), `ratio_clipped` (tokens whose ratio the
+    clip changed the loss of), `kl_old` and `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the
+    reference), `mismatch_dropped` (tokens that IcePop took out).
     """
-    mask = inputs.response_mask
-    advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
-    log_ratio = torch.where(mask, inputs.logprobs - inputs.old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
-    token_loss = -torch.minimum(unclipped, clipped)
-
+    mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
+    log_ratio = torch.where(mask, inputs.logprobs - inputs.old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    token_loss, clipped = _surrogate(log_ratio, inputs, config, mask)
+    dropped = torch.zeros_like(mask)
+    if needs_mismatch_weights(config):
+        assert inputs.rollout_logprobs is not None
+        mismatch = mismatch_weights(inputs.old_logprobs, inputs.rollout_logprobs, config)
+        token_loss, dropped = token_loss * mismatch, mask & (mismatch == 0)
     surrogate = (token_loss * weights).sum()
     loss = surrogate
+    kl = torch.zeros_like(inputs.logprobs)
+    if inputs.reference_logprobs is not None:
+        kl = torch.where(
+            mask, kl_estimate(inputs.logprobs, inputs.reference_logprobs, estimator=config.kl_estimator), 0.0
+        )
+        if config.kl_in == "loss":
+            loss = loss + config.kl_coef * (kl * weights).sum()
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (inputs.entropies * weights).sum()
 
-    per_token = mask / max(1.0, inputs.totals.tokens)
     with torch.no_grad():
+        per_token = inputs.response_mask / max(1.0, inputs.totals.response_tokens)
         metrics = {
             "policy_loss": surrogate.detach(),
             "entropy": (inputs.entropies * per_token).sum(),
-            "ratio_clipped": ((clipped < unclipped) * per_token).sum(),
-            "kl_old": ((ratio - 1 - log_ratio) * per_token).sum(),
+            "ratio_clipped": (clipped * per_token).sum(),
+            "kl_old": ((log_ratio.exp() - 1 - log_ratio) * per_token).sum(),
+            "kl_reference": (kl * per_token).sum(),
+            "mismatch_dropped": (dropped * per_token).sum(),
         }
     return LossOutputs(loss, metrics)
 
 
-def token_weights(response_mask: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
-    """What each token counts in the loss, [N, S] float32; 0 outside the response."""
-    mask = response_mask.float()
+def _surrogate(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each token, [N, S], and where the clip changed it, [N, S] bool."""
+    advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
+    if config.loss == "gspo":
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.loss == "cispo":
+        logprobs = torch.where(mask, inputs.logprobs, 0.0)
+        return -bounded.detach() * advantages * logprobs, mask & (bounded != ratio)
+    unclipped, clipped = ratio * advantages, bounded * advantages
+    return -torch.minimum(unclipped, clipped), mask & (clipped < unclipped)
+
+
+def token_weights(mask: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
+    """What each token counts in the loss, [N, S] float32; 0 outside ``mask``, the tokens that take part."""
+    counts = mask.float()
     match config.aggregation:
         case "rollout_mean":
-            lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-            return mask / lengths / max(1.0, totals.rollouts)
+            lengths = counts.sum(dim=1, keepdim=True).clamp(min=1)
+            return counts / lengths / max(1.0, totals.rollouts)
         case "token_mean":
-            return mask / max(1.0, totals.tokens)
+            return counts / max(1.0, totals.tokens)
         case _:
-            return mask / (max(1.0, totals.rollouts) * config.constant_length)
+            return counts / (max(1.0, totals.rollouts) * config.constant_length)

@@ -1,6 +1,7 @@
 """The files of a run folder: metrics, rollouts, TensorBoard. Written by one rank."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,14 @@ class RunLogger:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of the run folder; none if the file is not there."""
+    """The JSON objects of a file of the run folder; none if the file is not there. A last line that a killed run did
+    not finish does not count."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
+    if unfinished:
+        logging.getLogger(__name__).warning("%s: its last line was not finished and is left out", path)
+    return [json.loads(line) for line in lines if line]
 
 
 def _rows_to_keep(batch: RolloutBatch, count: int) -> list[int]:
@@ -130,6 +135,7 @@ def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if path.is_file():
-        kept = [row for row in read_lines(path) if keep(row)]
-        path.write_text("", encoding="utf-8")
-        _append(path, kept)
+        partial = path.with_suffix(".partial")
+        partial.write_text("", encoding="utf-8")
+        _append(partial, (row for row in read_lines(path) if keep(row)))
+        partial.replace(path)

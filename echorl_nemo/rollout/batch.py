@@ -41,10 +41,16 @@ class RolloutBatch:
     """[N, S] float32 nats, under the distribution sampled from before top-p and top-k."""
     rewards: Tensor | None = None
     """[N] float32, before any shaping."""
+    reward_parts: dict[str, Tensor] = field(default_factory=dict)
+    """[N] float32 of each verifier, by its name."""
     advantages: Tensor | None = None
     """[N] float32."""
+    counted: Tensor | None = None
+    """[N] bool: the rollouts that take part in the policy loss."""
     old_logprobs: Tensor | None = None
     """[N, S] float32 nats."""
+    reference_logprobs: Tensor | None = None
+    """[N, S] float32 nats, of the reference policy."""
     entropies: Tensor | None = None
     """[N, S] float32 nats, exact, at the sampling temperature."""
     clip_mask: Tensor | None = None
@@ -69,6 +75,8 @@ class RolloutBatch:
                 changed[spec.name] = value[index][:, :width] if value.dim() == 2 else value[index]
             elif isinstance(value, list) and value:
                 changed[spec.name] = [value[i] for i in index.tolist()]
+            elif isinstance(value, dict):
+                changed[spec.name] = {name: part[index] for name, part in value.items()}
         return replace(self, **changed)  # type: ignore[arg-type]
 
 
@@ -82,6 +90,8 @@ def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
             joined[spec.name] = torch.cat([pad_columns(v, width) if v.dim() == 2 else v for v in values])
         elif isinstance(values[0], list):
             joined[spec.name] = [item for value in values for item in value]
+        elif isinstance(values[0], dict):
+            joined[spec.name] = {name: torch.cat([value[name] for value in values]) for name in values[0]}
         else:
             joined[spec.name] = None
     return RolloutBatch(**joined)  # type: ignore[arg-type]

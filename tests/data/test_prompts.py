@@ -15,7 +15,11 @@ def tokenizer(tiny_chain: Path) -> Tokenizer:
 
 
 def load(tokenizer: Tokenizer, path: Path, *lines: Any, **settings: Any) -> PromptData:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    encoded = (
+        line if isinstance(line, bytes) else f"{line if isinstance(line, str) else json.dumps(line)}".encode()
+        for line in lines
+    )
+    path.write_bytes(b"\n".join(line.rstrip(b"\n") for line in encoded) + b"\n")
     return PromptData(str(path), DataConfig(train=str(path), **settings), tokenizer, field="data.train")
 
 
@@ -30,20 +34,22 @@ def test_prompts_are_read_with_their_answers(tokenizer: Tokenizer, tmp_path: Pat
 
 def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = load(tokenizer, tmp_path / "x.jsonl", *({"prompt": f"{i}a+{i}", "answer": i} for i in range(1, 10)))
-    steps = [data.step(step, 6, seed=3) for step in range(3)]
+    steps = [data.sequence(6 * step, 6, seed=3) for step in range(3)]
     asked = [prompt for prompts in steps for prompt in prompts]
     first, second = [p.answer for p in asked[:9]], [p.answer for p in asked[9:]]
     assert sorted(first) == sorted(second) == [str(i) for i in range(1, 10)]
     assert first != second
     assert [p.group_id for p in asked] == list(range(18))
-    assert [p.answer for p in data.step(1, 6, seed=3)] == [p.answer for p in steps[1]]
-    assert [p.answer for p in data.step(0, 9, seed=4)] != first
+    assert [p.answer for p in data.sequence(6, 6, seed=3)] == [p.answer for p in steps[1]]
+    assert [p.answer for p in data.sequence(0, 9, seed=4)] != first
 
 
 @pytest.mark.parametrize(
     ("lines", "settings", "message"),
     [
-        (['{"prompt": "6a+7", "answer": 3}\n', "{oops\n"], {}, r"x.jsonl:2: not JSON .*one JSON object"),
+        (['{"prompt": "6a+7", "answer": 3}\n', "{oops\n"], {}, r"x.jsonl:2: not JSON in UTF-8 .*one JSON object"),
+        ([b"\xff\xfe\n"], {}, "x.jsonl:1: not JSON in UTF-8"),
+        ([{"prompt": "", "answer": "3"}], {}, "x.jsonl:1: prompt is empty; drop the line"),
         (["[1]\n"], {}, "x.jsonl:1: a JSON list, not an object"),
         (["\n"], {}, "data.train=.*x.jsonl holds no prompt"),
         ([{"question": "6a+7"}], {}, "x.jsonl:1: prompt=None is no text.*the line has question: see data.prompt_key"),
@@ -53,7 +59,11 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenize
             {"max_prompt_tokens": 4},
             "x.jsonl:1: the prompt has 5 tokens, data.max_prompt_tokens=4; raise the limit or drop the line",
         ),
-        ([{"prompt": "6a+7", "answer": "3"}], {"chat_template": True}, "the tokenizer has no chat template"),
+        (
+            [{"prompt": "6a+7", "answer": "3"}],
+            {"chat_template": True},
+            "x.jsonl:1: .*the tokenizer has no chat template",
+        ),
     ],
 )
 def test_bad_data_names_file_line_and_remedy(

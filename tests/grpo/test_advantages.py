@@ -6,25 +6,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echorl_nemo.grpo import group_advantages
+from echorl_nemo.grpo.config import ESTIMATORS
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.floats(-2, 2)), min_size=1, max_size=12), st.booleans())
-def test_advantages_equal_their_formula(members: list[tuple[int, float]], divide: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(-8, 8).map(lambda n: n / 4)), min_size=1, max_size=12),
+    st.sampled_from(ESTIMATORS),
+)
+def test_advantages_equal_their_formula(members: list[tuple[int, float]], estimator: str) -> None:
     members = [*members, *[(group, 0.1) for group, _ in members]]  # no group of one
     groups = torch.tensor([group for group, _ in members])
     rewards = torch.tensor([reward for _, reward in members], dtype=torch.float64)
-    result = group_advantages(rewards, groups, estimator="grpo" if divide else "dr_grpo")
+    result = group_advantages(rewards, groups, estimator=estimator)
     for row, (group, reward) in enumerate(members):
-        own = [r for g, r in members if g == group]
-        expected = reward - statistics.fmean(own)
-        if divide:
-            expected /= statistics.stdev(own) + 1e-6
+        own = [r for g, r in members if g == group or estimator == "reinforce_plus_plus"]
+        others = [r for i, (g, r) in enumerate(members) if g == group and i != row]
+        expected = {
+            "grpo": (reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6),
+            "dr_grpo": reward - statistics.fmean(own),
+            "rloo": reward - statistics.fmean(others),
+            "reinforce_plus_plus": (reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6),
+        }[estimator]
         if len(set(own)) == 1:
             expected = 0.0
         assert float(result[row]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_equal_rewards_give_exactly_zero_whatever_their_rounding(estimator: str) -> None:
     rewards = torch.full((7,), 0.1)  # the mean of seven times 0.1 is not 0.1
     assert group_advantages(rewards, torch.zeros(7, dtype=torch.long), estimator=estimator).tolist() == [0.0] * 7
@@ -38,5 +46,5 @@ def test_a_group_of_one_is_refused() -> None:
 
 
 def test_an_unknown_estimator_is_refused() -> None:
-    with pytest.raises(ValueError, match="algo.estimator='ppo' is not known; use one of grpo, dr_grpo"):
+    with pytest.raises(ValueError, match="algo.estimator='ppo' is not known; use one of grpo, dr_grpo, rloo"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), estimator="ppo")

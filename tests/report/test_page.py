@@ -60,4 +60,5 @@ def test_the_page_is_one_file_without_network(tmp_path: Path) -> None:
 
 
 def test_a_run_without_clips(tmp_path: Path) -> None:
-    assert "token" in page(tmp_path, RECORD | {"clip": []})
+    html = page(tmp_path, RECORD | {"clip": []})
+    assert html.count('class="token"') == 6 and 'class="token clip"' not in html  # one of them in the explanation

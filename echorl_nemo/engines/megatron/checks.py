@@ -1,5 +1,6 @@
 """Everything about a run that can be checked before a rank starts."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from echorl_nemo.engines.megatron.launch import outer_world
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
 from echorl_nemo.rewards import reward_by_name
+
+CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,38 @@ def check(config: RunConfig) -> Inputs:
         boundaries = boundary_ids(tokenizer, config.echorl.boundary)
     except ValueError as error:
         problems.append(str(error))
-    if train_data is not None:
-        problems += length_problems(config, hf_config, train_data)
-    run_dir = Path(config.trainer.run_dir)
-    if not config.trainer.resume and (run_dir / METRICS_FILE).exists():
-        problems.append(
-            f"trainer.run_dir={run_dir} holds a run already; set trainer.resume=true to go on with it, "
-            "or name another folder"
-        )
+    for name, data in (("data.train", train_data), ("data.eval", eval_data)):
+        if data is not None:
+            problems += length_problems(config, hf_config, data, name)
+    problems += run_dir_problems(config)
     if problems:
         raise UserError("\n".join(problems))
     assert train_data is not None
     return Inputs(tokenizer, train_data, eval_data, boundaries)
+
+
+def run_dir_problems(config: RunConfig) -> list[str]:
+    """Whether the run folder's files would be lost."""
+    run_dir = Path(config.trainer.run_dir)
+    if not (run_dir / METRICS_FILE).exists():
+        return []
+    if not config.trainer.resume:
+        return [
+            f"trainer.run_dir={run_dir} holds a run already; set trainer.resume=true to go on with it, "
+            "or name another folder"
+        ]
+    if newest_checkpoint(run_dir) is None:
+        return [
+            f"trainer.resume=true: {run_dir} holds a run that saved no checkpoint, see trainer.save_every; start "
+            "again in another trainer.run_dir, or delete this one"
+        ]
+    return []
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The run's complete checkpoint of the most steps, None if there is none."""
+    complete = [path for path in (run_dir / "checkpoints").glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return max(complete, key=lambda path: path.name, default=None)
 
 
 def arithmetic_problems(config: RunConfig) -> list[str]:
@@ -82,8 +105,6 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
             f"rollout.group_size={group_size}: algo.estimator={config.algo.estimator} compares the rollouts of a "
             "group; use 2 or more"
         )
-    if config.rollout.temperature == 0:
-        problems.append("rollout.temperature=0 is greedy: the rollouts of a group would be alike; use 1.0 to train")
     if trainer.prompts_per_step % trainer.minibatch_prompts:
         problems.append(
             f"trainer.prompts_per_step={trainer.prompts_per_step} is not divisible by "
@@ -99,6 +120,11 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
             f"a replica's {trainer.minibatch_prompts // data} groups x {group_size} rollouts of a mini-batch are "
             f"not divisible by trainer.micro_batch_size={trainer.micro_batch_size}"
         )
+    if config.algo.dynamic_sampling and group_size % trainer.micro_batch_size:
+        problems.append(
+            f"algo.dynamic_sampling=true makes steps of any number of groups: rollout.group_size={group_size} must be "
+            f"divisible by trainer.micro_batch_size={trainer.micro_batch_size}"
+        )
     return problems
 
 
@@ -106,28 +132,35 @@ def layout_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]
     """What of the model does not divide by the parallel sizes."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
+    # fewer key-value heads than ranks are copied to several ranks
+    if kv_heads % tensor and tensor % kv_heads:
+        uneven = [
+            f"parallel.tensor={tensor}: the model's {kv_heads} key-value heads are neither divisible by it nor a "
+            f"divisor of it; use a divisor or a multiple of {kv_heads}"
+        ]
+    else:
+        uneven = []
     wanted = (
         ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
-        ("key-value heads", kv_heads, "parallel.tensor", tensor),
         ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
         ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
         ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
     )
-    return [
+    return uneven + [
         f"{key}={size}: the model's {count} {what} are not divisible by it; use a divisor of {count}"
         for what, count, key, size in wanted
         if count % size
     ]
 
 
-def length_problems(config: RunConfig, hf_config: PretrainedConfig, data: PromptData) -> list[str]:
+def length_problems(config: RunConfig, hf_config: PretrainedConfig, data: PromptData, name: str) -> list[str]:
     """Whether prompt and response fit the model's positions."""
     limit = getattr(hf_config, "max_position_embeddings", None)
     longest = data.longest + config.rollout.max_new_tokens
     if limit is not None and longest > limit:
         return [
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens}: with the longest prompt of {data.longest} tokens "
-            f"that is {longest}, the model has {limit} positions"
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}: with the longest prompt of {name}, "
+            f"{data.longest} tokens, that is {longest}, the model has {limit} positions"
         ]
     return []
 

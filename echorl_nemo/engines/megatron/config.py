@@ -33,10 +33,15 @@ class ParallelConfig:
     pipeline: int = 1
     """Ranks that each hold a stretch of layers."""
 
+    device: str = "auto"
+    """`auto`: GPUs where torch finds one, else the CPU; `cpu` or `cuda` to insist."""
+
     data: int | None = None
     """Replicas that share the groups of a step. Null: what the ranks that torchrun or srun started leave, else 1."""
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"parallel.device={self.device!r} is not known; use one of auto, cpu, cuda")
         for name in ("tensor", "pipeline", "data"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,6 +99,9 @@ class TrainerConfig:
 
     eval_group_size: int = 1
     """Rollouts of each evaluation prompt."""
+
+    eval_temperature: float | None = None
+    """Of the evaluation's rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
 
     export: bool = True
     """Write the trained policy as a Hugging Face folder, `run_dir`/export, at the end."""

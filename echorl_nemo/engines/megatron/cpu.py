@@ -1,4 +1,5 @@
-"""Every stand-in that Megatron-Core and Megatron-Bridge need on a machine without a GPU; nothing else is replaced.
+"""Every stand-in that Megatron-Core and Megatron-Bridge need on a machine without a GPU, or without Transformer Engine;
+nothing else is replaced.
 
 The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
 inference context. What stands in: the CUDA device (the CPU answers), CUDA streams and random state (none and torch's),
@@ -26,8 +27,7 @@ ABSENT_PACKAGES = (
 )  # fmt: skip
 """Imported by Megatron-Bridge at module level; only those that are really absent get an empty stand-in."""
 
-PROVIDER_OVERRIDES: dict[str, Any] = {
-    "use_cpu_initialization": True,
+NO_FUSED_KERNELS: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "bias_dropout_fusion": False,
     "bias_activation_fusion": False,
@@ -37,24 +37,30 @@ PROVIDER_OVERRIDES: dict[str, Any] = {
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
 }
-"""Fused kernels exist for CUDA alone."""
+"""Settings of Megatron-Bridge's model provider: the fused kernels come with Transformer Engine or Apex."""
 
-_installed: list[TorchFunctionMode] = []
+_installed: list[object] = []
 
 
-def install() -> None:
-    """Put the stand-ins in place, once for each process; a forked rank inherits them."""
+def install(*, cuda: bool) -> None:
+    """Put the stand-ins in place, once for each process; a forked rank inherits them.
+
+    Without Transformer Engine: the optimizer and the absent packages. With ``cuda`` also the CUDA device itself.
+    """
     if _installed:
         return
-    _replace_cuda()
+    if cuda:
+        _replace_cuda()
     _import_megatron_core()
-    _replace_random_state()
     _replace_adam()
     sys.meta_path.append(_AbsentPackageFinder())
-    _send_contiguous_shards()
-    mode = _CudaMeansCpu()
-    mode.__enter__()
-    _installed.append(mode)
+    _installed.append(_AbsentPackageFinder)
+    if cuda:
+        _replace_random_state()
+        _send_contiguous_shards()
+        mode = _CudaMeansCpu()
+        mode.__enter__()
+        _installed.append(mode)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

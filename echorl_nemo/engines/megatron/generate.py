@@ -36,7 +36,7 @@ class MegatronRolloutEngine:
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
     ) -> RolloutBatch:
-        """See `RolloutEngine.generate`; ``temperature`` overrides the configured one."""
+        """See `RolloutEngine.generate`."""
         rows = [(prompts[i], member) for i in self.parallel.my_share(len(prompts)) for member in range(group_size)]
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0].tokens))  # rows of a batch alike
         size = self.config.batch_size
@@ -58,8 +58,8 @@ class MegatronRolloutEngine:
             mine = concatenate(parts).select(back_in_order)
         return self.parallel.share_rollouts(mine)
 
-    def update_weights(self) -> None:
-        """The weights are shared with the policy."""
+    def update_weights(self, policy: object) -> None:
+        """The weights are the policy's."""
 
 
 @dataclass

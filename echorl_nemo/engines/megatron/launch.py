@@ -24,9 +24,9 @@ def outer_world() -> int | None:
     """Ranks started by torchrun or srun, None if this process is on its own."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        return int(os.environ["SLURM_NTASKS"])
-    return None
+    # a batch script, too, has SLURM_PROCID and SLURM_NTASKS; only a step that srun started has this one
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return tasks if tasks > 1 else None
 
 
 def launch(function: RankFunction, world: int, platform: Platform, *, timeout_minutes: int) -> int:
@@ -44,6 +44,7 @@ def launch(function: RankFunction, world: int, platform: Platform, *, timeout_mi
         if world == 1:
             _as_rank(function, platform, rendezvous, 0, 1, timeout_minutes)
             return 0
+        platform.check_devices(world)
         context: Any = multiprocessing.get_context(platform.start_method)
         ranks = [
             context.Process(
@@ -104,6 +105,10 @@ def _adopt_slurm_environment() -> None:
             raise UserError(
                 f"{name} is not set: under srun, export MASTER_ADDR (the job's first host) and MASTER_PORT before it"
             )
-    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+    for ours, slurms in (
+        ("RANK", "SLURM_PROCID"),
+        ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+        ("LOCAL_RANK", "SLURM_LOCALID"),
+    ):
         if ours not in os.environ and slurms in os.environ:
             os.environ[ours] = os.environ[slurms]

@@ -26,6 +26,8 @@ class Parallel:
     """The ranks that hold the same weights."""
     host_group: dist.ProcessGroup
     """All ranks, over gloo, for what lives in host memory."""
+    data_host_group: dist.ProcessGroup
+    """The ranks of `data_group`, over gloo."""
     source: int
     """Global rank, in this replica, of the last pipeline stage's first tensor rank: it has the logits."""
     data_rank: int
@@ -54,11 +56,16 @@ class Parallel:
         dist.all_gather_object(gathered, list(mine), group=self.host_group)
         return [item for part in gathered for item in part]
 
+    def share_over_replicas(self, mine: Any) -> list[Any]:
+        """What each replica gives, in their order. All ranks of a replica give the same, so that every rank asks only
+        its like in the other replicas."""
+        gathered: list[Any] = [None] * self.data_size
+        dist.all_gather_object(gathered, mine, group=self.data_host_group)
+        return gathered
+
     def share_rollouts(self, mine: RolloutBatch | None) -> RolloutBatch:
         """The rollouts of all replicas, in their order; ``mine`` is None where a replica has none."""
-        speaks = dist.get_rank(self.model_group) == 0 and mine is not None
-        parts = self.share_objects([(self.data_rank, mine)] if speaks else [])
-        return concatenate([part for _, part in sorted(parts, key=lambda item: item[0])])
+        return concatenate([part for part in self.share_over_replicas(mine) if part is not None])
 
     def my_share(self, count: int) -> range:
         """This replica's stretch of ``count`` things; the first replicas get one more where it does not divide."""
@@ -86,6 +93,7 @@ def initialize(platform: Platform, *, tensor: int, pipeline: int, seed: int, tim
         model_group=model_group,
         data_group=parallel_state.get_data_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=timeout),
+        data_host_group=parallel_state.get_data_parallel_group_gloo(),
         source=source,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),

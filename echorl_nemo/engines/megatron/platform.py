@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from echorl_nemo.engines.megatron import cpu
+from echorl_nemo.errors import UserError
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -27,26 +30,43 @@ class Platform:
         """This rank's device, made current."""
         if self.backend == "gloo":
             return torch.device("cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # where each task sees its own GPU alone, that one is number 0
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
 
+    def check_devices(self, ranks: int) -> None:
+        """Raises UserError if this machine has too few GPUs for ``ranks`` ranks of one program."""
+        if self.backend == "nccl" and ranks > torch.cuda.device_count():
+            raise UserError(
+                f"parallel.*: {ranks} ranks on this machine's {torch.cuda.device_count()} GPUs; use fewer, start them "
+                "with torchrun on several machines, or set parallel.device=cpu"
+            )
 
-def detect_platform() -> Platform:
-    """The platform of this machine; without a GPU this also puts Megatron's stand-ins in place (`cpu.py`)."""
-    if not torch.cuda.is_available():
-        from echorl_nemo.engines.megatron import cpu
 
-        cpu.install()
+def detect_platform(device: str = "auto") -> Platform:
+    """The platform that ``device`` names (`auto`, `cpu`, `cuda`), with the stand-ins that it needs in place.
+
+    Raises UserError for `cuda` without a GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise UserError("parallel.device=cuda: torch finds no GPU; use auto or cpu")
+    if device == "cpu" or not has_gpu:
+        cpu.install(cuda=True)
         return Platform(
             backend="gloo",
             dtype=torch.float32,
             start_method="fork",
             transformer_engine=False,
-            provider_overrides=cpu.PROVIDER_OVERRIDES,
+            provider_overrides={**cpu.NO_FUSED_KERNELS, "use_cpu_initialization": True},
         )
+    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if not transformer_engine:
+        cpu.install(cuda=False)
     return Platform(
         backend="nccl",
         dtype=torch.bfloat16,
         start_method="spawn",
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=transformer_engine,
+        provider_overrides={} if transformer_engine else cpu.NO_FUSED_KERNELS,
     )

@@ -3,6 +3,7 @@
 Shapes: N rollouts, S positions, B rollouts of a micro-batch, v vocabulary columns of this tensor-parallel rank.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,18 @@ from echorl_nemo.engines.megatron.config import TrainerConfig
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
 from echorl_nemo.ops import logprob_and_entropy
-from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate, pad_columns
 
-METRICS = ("loss", "policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_old")
+METRICS = (
+    "loss",
+    "policy_loss",
+    "clip_loss",
+    "entropy",
+    "ratio_clipped",
+    "kl_old",
+    "kl_reference",
+    "mismatch_dropped",
+)
 """What a micro-batch reports; each adds up over micro-batches and replicas."""
 
 
@@ -51,6 +61,9 @@ class MegatronPolicy:
         """``optimizer_steps``: of the whole run, for the learning-rate schedule."""
         self.model, self.parallel = model, model.parallel
         self.algo, self.echorl, self.trainer, self.temperature = algo, echorl, trainer, temperature
+        self._reference: list[Tensor] | None = None  # in host memory, swapped in where it scores
+        if algo.kl_coef:
+            self._reference = [weight.data.cpu().clone() for weight in model.module.parameters()]
         self.optimizer = get_megatron_optimizer(_optimizer_config(trainer, model.config), [model.ddp])
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -81,43 +94,69 @@ class MegatronPolicy:
         width = batch.tokens.shape[1]
         flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
         table = self.parallel.broadcast_from_last_stage(flat, (2, len(own), width), torch.float32).cpu()
-        parts = self.parallel.share_objects([(own, table)] if dist.get_rank(self.parallel.model_group) == 0 else [])
         result = torch.zeros(2, len(batch), width)
-        for rows, values in parts:
+        for rows, values in self.parallel.share_over_replicas((own, table)):
             result[:, rows] = values
         result *= batch.response_mask
         return result[0], result[1]
 
+    def score_reference(self, batch: RolloutBatch) -> Tensor:
+        """Log-probs of the response tokens under the reference policy, [N, S] float32 nats."""
+        assert self._reference is not None
+        weights = [weight.data for weight in self.model.module.parameters()]
+        current = [weight.clone() for weight in weights]
+        for weight, reference in zip(weights, self._reference, strict=True):
+            weight.copy_(reference)
+        logprobs, _ = self.score(batch)
+        for weight, own in zip(weights, current, strict=True):
+            weight.copy_(own)
+        return logprobs
+
     def update(self, batch: RolloutBatch) -> dict[str, float]:
         """One optimizer step on each mini-batch of whole groups; returns the means of their metrics."""
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
-        per_step = self.trainer.minibatch_prompts
-        steps = [
-            self._optimizer_step(batch, groups[start : start + per_step]) for start in range(0, len(groups), per_step)
-        ]
+        count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
+        steps = [self._optimizer_step(batch, groups[part::count]) for part in range(count)]
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
         member = torch.isin(batch.group_ids, torch.tensor(groups))
         batch = batch.select(member.nonzero()[:, 0])
         counts = self._counts(batch)
-        own = torch.tensor(groups)[list(self.parallel.my_share(len(groups)))]
-        micro_rows = self._micro_batches(torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist())
+        own = torch.tensor(groups[self.parallel.data_rank :: self.parallel.data_size], dtype=torch.long)
+        rows = torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist()
+        if not rows:  # every replica has to take part in the reduction of gradients
+            rows = list(range(len(batch), len(batch) + self.trainer.micro_batch_size))
+            batch = concatenate([batch, _without_loss(batch.select([0] * len(rows)))])
+        micro_rows = self._micro_batches(rows)
 
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(batch, micro_rows, self._loss_of_logits(counts), forward_only=False)
+        metrics = self._sum_reports(reports)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss of an optimizer step is not finite, before it was taken: {metrics}")
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm of an optimizer step is {grad_norm}: the weights in memory are broken; go on from "
+                f"the newest checkpoint with trainer.resume=true: {metrics}"
+            )
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
-        return {**self._sum_reports(reports), "grad_norm": float(grad_norm), "lr": learning_rate}
+        return {**metrics, "grad_norm": float(grad_norm), "lr": learning_rate}
 
     def _counts(self, batch: RolloutBatch) -> StepCounts:
         clip = torch.zeros(())
         if batch.clip_mask is not None:
             clip = clip_denominator(batch.clip_mask, batch.response_mask, self.echorl.normalizer)
-        totals = StepTotals(rollouts=float(len(batch)), tokens=float(batch.response_mask.sum()))
+        assert batch.counted is not None
+        totals = StepTotals(
+            rollouts=float(batch.counted.sum()),
+            tokens=float(batch.response_mask[batch.counted].sum()),
+            response_tokens=float(batch.response_mask.sum()),
+        )
         return StepCounts(totals, float(clip))
 
     def _micro_batches(self, rows: list[int]) -> list[list[int]]:
@@ -163,15 +202,18 @@ class MegatronPolicy:
 
         def loss_of_logits(logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
             logprobs, entropies = self._token_statistics(logits, micro, train=True)
-            assert micro.old_logprobs is not None and micro.advantages is not None
+            assert micro.old_logprobs is not None and micro.advantages is not None and micro.counted is not None
             outputs = policy_loss(
                 LossInputs(
                     logprobs=logprobs,
                     old_logprobs=micro.old_logprobs,
                     advantages=micro.advantages,
                     response_mask=micro.response_mask,
+                    counted=micro.counted,
                     entropies=entropies,
                     totals=counts.totals,
+                    rollout_logprobs=micro.rollout_logprobs,
+                    reference_logprobs=micro.reference_logprobs,
                 ),
                 self.algo,
             )
@@ -218,6 +260,14 @@ def _on_device(batch: RolloutBatch, rows: list[int], device: torch.device) -> Ro
             value = pad_columns(value, width) if value.dim() == 2 else value
             setattr(micro, name, value.to(device, non_blocking=True))
     return micro
+
+
+def _without_loss(batch: RolloutBatch) -> RolloutBatch:
+    """Rollouts that go through the forward and backward and change no gradient."""
+    batch.response_mask = torch.zeros_like(batch.response_mask)
+    if batch.clip_mask is not None:
+        batch.clip_mask = torch.zeros_like(batch.clip_mask)
+    return batch
 
 
 def _finalize_without_rescaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -7,10 +7,10 @@ from functools import partial
 
 from transformers.utils import logging as transformers_logging
 
-from echorl_nemo.engines.megatron.checks import check, world_size
+from echorl_nemo.engines.megatron.checks import Inputs, check, world_size
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.launch import launch
-from echorl_nemo.engines.megatron.platform import detect_platform
+from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 
 
 def train(config: RunConfig, config_yaml: str) -> int:
@@ -21,16 +21,23 @@ def train(config: RunConfig, config_yaml: str) -> int:
     quiet_libraries()
     world = world_size(config)
     inputs = check(config)
-    platform = detect_platform()
-    # imported after the platform is known, since Megatron-Bridge needs its stand-ins, and before ranks are forked
-    from echorl_nemo.engines.megatron.worker import run_rank
+    platform = detect_platform(config.parallel.device)
+    import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
-        partial(run_rank, config, config_yaml, inputs, platform),
+        partial(_run_rank, config, config_yaml, inputs, platform),
         world,
         platform,
         timeout_minutes=config.trainer.timeout_minutes,
     )
+
+
+def _run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
+    quiet_libraries()
+    detect_platform(config.parallel.device)  # a spawned rank has none of the stand-ins of the process that started it
+    from echorl_nemo.engines.megatron.worker import run_rank
+
+    run_rank(config, config_yaml, inputs, platform)
 
 
 def quiet_libraries() -> None:

@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from echorl_nemo.data.prompts import Prompt, PromptData
+from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
-from echorl_nemo.grpo import group_advantages
+from echorl_nemo.grpo import (
+    all_success_groups,
+    counted_rollouts,
+    effective_groups,
+    group_advantages,
+    kl_estimate,
+    overlong_penalty,
+)
 from echorl_nemo.rewards import Reward
-from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
 
 EVALUATION_SEED_OFFSET = 1 << 32
@@ -33,6 +40,8 @@ class Trainer:
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
+    position: int = 0
+    """Prompts asked so far; what a resumed run goes on from."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each phase of the latest step."""
 
@@ -40,40 +49,88 @@ class Trainer:
     def parallel(self) -> Parallel:
         return self.policy.parallel
 
-    def step(self, step: int) -> tuple[dict[str, float], RolloutBatch, Tensor]:
+    def step(self) -> tuple[dict[str, float], RolloutBatch, Tensor]:
         """One training step; returns its metrics, the batch as trained on, and its step ids [N, S]."""
         start = time.perf_counter()
-        prompts = self.train_data.step(step, self.config.trainer.prompts_per_step, seed=self.config.trainer.seed)
-        batch = self.roll_out(prompts)
+        self.seconds = dict.fromkeys(("generate", "verify", "score", "update"), 0.0)
+        batch, metrics = self.roll_out()
+        generated = float(batch.response_mask.sum())
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
-        metrics = batch_metrics(batch, self.config.echorl.success_reward) | self.annotate(batch, step_ids)
+        with self._timed("score"):
+            metrics |= self.score(batch)
+        self.estimate_advantages(batch)
+        metrics |= self.select_clips(batch, step_ids)
         with self._timed("update"):
             metrics |= self.policy.update(batch)
-            self.rollout.update_weights()
+            self.rollout.update_weights(self.policy)
         elapsed = time.perf_counter() - start
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
-        metrics |= {"time.step": elapsed, "tokens_per_second": float(batch.response_mask.sum()) / elapsed}
+        metrics |= {"time.step": elapsed, "tokens_per_second": generated / elapsed}
         return metrics, batch, step_ids
 
-    def roll_out(self, prompts: list[Prompt]) -> RolloutBatch:
-        """Rollouts of ``prompts``, verified, with advantages."""
+    def roll_out(self) -> tuple[RolloutBatch, dict[str, float]]:
+        """The step's rollouts, verified, and what they tell. With dynamic sampling prompts are asked until
+        `prompts_per_step` groups are effective; all-success groups come along for their EchoClips."""
+        algo, wanted = self.config.algo, self.config.trainer.prompts_per_step
+        rounds = algo.dynamic_sampling_rounds if algo.dynamic_sampling else 1
+        asked: list[RolloutBatch] = []
+        while True:
+            asked.append(self._ask(wanted))
+            batch = concatenate(asked)
+            assert batch.rewards is not None
+            effective = effective_groups(batch.rewards, batch.group_ids)
+            count = len(batch.group_ids[effective].unique())
+            if count >= wanted or len(asked) >= rounds:
+                break
+        metrics = batch_metrics(batch, self.config.echorl.success_reward)
+        if not algo.dynamic_sampling:
+            return batch, metrics
+        kept = _first_groups(batch.group_ids, effective, wanted)
+        if self.config.echorl.enabled:
+            kept |= all_success_groups(batch.rewards, batch.group_ids, self.config.echorl.success_reward)
+        if not kept.any():  # nothing to learn from: a step that changes nothing rather than a dead run
+            kept |= batch.group_ids == batch.group_ids[0]
+        metrics |= {"sampling.rounds": float(len(asked)), "sampling.effective_groups": float(min(count, wanted))}
+        return batch.select(kept.nonzero()[:, 0]), metrics
+
+    def _ask(self, count: int) -> RolloutBatch:
+        """Rollouts of the next ``count`` prompts, with their rewards."""
+        seed = self.config.trainer.seed
+        prompts = self.train_data.sequence(self.position, count, seed=seed)
+        self.position += count
         with self._timed("generate"):
-            batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=self.config.trainer.seed)
+            batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
         with self._timed("verify"):
             batch.rewards = self.verify(batch)
-        batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=self.config.algo.estimator)
         return batch
 
-    def annotate(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
-        """Fill in old log-probs, entropies (one pass, both from the same logits) and EchoClips; their metrics."""
-        echorl = self.config.echorl
-        with self._timed("score"):
-            batch.old_logprobs, entropies = self.policy.score(batch)
-        metrics = agreement(batch, entropies)
-        if echorl.entropy_source == "policy":
+    def score(self, batch: RolloutBatch) -> dict[str, float]:
+        """Fill in old log-probs and entropies (one pass, both from the same logits), and those of the reference policy
+        where there is a KL; returns how far the rollout engine's own numbers lie from them."""
+        batch.old_logprobs, entropies = self.policy.score(batch)
+        gaps = agreement(batch, entropies)
+        if self.config.echorl.entropy_source == "policy":
             batch.entropies = entropies
-        if not echorl.enabled:
-            return metrics
+        if self.config.algo.kl_coef:
+            batch.reference_logprobs = self.policy.score_reference(batch)
+        return gaps
+
+    def estimate_advantages(self, batch: RolloutBatch) -> None:
+        """Fill in advantages, from rewards shaped by length and KL where that is asked for, and who counts."""
+        algo = self.config.algo
+        assert batch.rewards is not None
+        shaped = batch.rewards - overlong_penalty(batch.response_lengths, self.config.rollout.max_new_tokens, algo)
+        if algo.kl_coef and algo.kl_in == "reward":
+            assert batch.old_logprobs is not None and batch.reference_logprobs is not None
+            kl = kl_estimate(batch.old_logprobs, batch.reference_logprobs, estimator=algo.kl_estimator)
+            shaped = shaped - algo.kl_coef * torch.where(batch.response_mask, kl, 0.0).sum(dim=1)
+        batch.advantages = group_advantages(shaped, batch.group_ids, estimator=algo.estimator)
+        batch.counted = counted_rollouts(batch.advantages, batch.group_ids, batch.finished, algo)
+
+    def select_clips(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
+        """Fill in the EchoClips of the verified successes; returns their statistics."""
+        if not self.config.echorl.enabled:
+            return {}
         assert batch.entropies is not None and batch.rewards is not None
         selection = select_clips(
             batch.entropies,
@@ -81,10 +138,10 @@ class Trainer:
             rewards=batch.rewards,
             finished=batch.finished,
             group_ids=batch.group_ids,
-            config=echorl,
+            config=self.config.echorl,
         )
         batch.clip_mask = selection.mask
-        return metrics | {f"echorl.{name}": value for name, value in selection.stats.items()}
+        return {f"echorl.{name}": value for name, value in selection.stats.items()}
 
     def verify(self, batch: RolloutBatch) -> Tensor:
         """Rewards, [N] float32; the ranks of the run share the work."""
@@ -104,6 +161,7 @@ class Trainer:
             self.eval_data.all(),
             self.config.trainer.eval_group_size,
             seed=self.config.trainer.seed + EVALUATION_SEED_OFFSET,
+            temperature=self.config.trainer.eval_temperature,
         )
         success = (self.verify(batch) >= self.config.echorl.success_reward) & batch.finished
         return {
@@ -116,7 +174,13 @@ class Trainer:
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def _first_groups(group_ids: Tensor, wanted: Tensor, count: int) -> Tensor:
+    """[N] bool: the rollouts of the first ``count`` groups, in the batch's order, of those in ``wanted`` [N] bool."""
+    groups = list(dict.fromkeys(group_ids[wanted].tolist()))[:count]
+    return torch.isin(group_ids, torch.tensor(groups, dtype=group_ids.dtype))
 
 
 def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float]:

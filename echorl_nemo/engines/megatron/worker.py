@@ -5,7 +5,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from echorl_nemo.engines.megatron import checkpoint
-from echorl_nemo.engines.megatron.checks import Inputs
+from echorl_nemo.engines.megatron.checkpoint import Progress
+from echorl_nemo.engines.megatron.checks import Inputs, newest_checkpoint
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import build_model
@@ -22,8 +23,11 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
     trainer = build_trainer(config, inputs, platform)
     folder = Path(_of_main_rank(config.trainer.run_dir))
     checkpoints = folder / "checkpoints"
-    latest = checkpoint.newest(checkpoints) if config.trainer.resume else None
-    first = checkpoint.load(latest, trainer.policy) if latest is not None else 0
+    latest = newest_checkpoint(folder) if config.trainer.resume else None
+    first = 0
+    if latest is not None:
+        progress = checkpoint.load(latest, trainer.policy)
+        first, trainer.position = progress.step, progress.position
     steps, recorder = config.trainer.steps, None
     if trainer.parallel.main:
         recorder = Recorder(folder, config_yaml, config.logger, steps=steps, first_step=first)
@@ -31,14 +35,14 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
         recorder.evaluation(-1, evaluation)
 
     for step in range(first, steps):
-        metrics, batch, step_ids = trainer.step(step)
+        metrics, batch, step_ids = trainer.step()
         last = step == steps - 1
         if last or _due(step, config.trainer.eval_every):
             metrics |= trainer.evaluate()
         if recorder is not None:
             recorder.step(step, metrics, batch, step_ids, inputs.tokenizer.pieces)
         if last or _due(step, config.trainer.save_every):
-            checkpoint.save(checkpoints, trainer.policy, step + 1)
+            checkpoint.save(checkpoints, trainer.policy, Progress(step + 1, trainer.position))
     if config.trainer.export:
         trainer.policy.model.export(folder / "export")
     if recorder is not None:

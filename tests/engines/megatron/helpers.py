@@ -7,15 +7,14 @@ import torch
 
 from echorl_nemo.config import load_config
 from echorl_nemo.echo import segment_steps
-from echorl_nemo.engines.megatron.checks import check, world_size
+from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
-from echorl_nemo.grpo import group_advantages
 from echorl_nemo.rollout.batch import RolloutBatch
 
 quiet_libraries()
-PLATFORM = detect_platform()
+PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.engines.megatron.trainer import Trainer  # noqa: E402
 from echorl_nemo.engines.megatron.worker import build_trainer  # noqa: E402
@@ -47,10 +46,6 @@ def tiny_config(*overrides: str) -> RunConfig:
             *overrides,
         ],
     )
-
-
-def world_of(config: RunConfig) -> int:
-    return world_size(config)
 
 
 def trainer_of(config: RunConfig) -> Trainer:
@@ -90,9 +85,11 @@ def prepared_batch(trainer: Trainer, **options: Any) -> tuple[RolloutBatch, dict
     """The example, scored and with its clips, as `Trainer.step` makes it; and what that reported."""
     (newline,) = trainer.boundary_ids
     batch = example_batch(newline, eos=1, **options)
-    assert batch.rewards is not None
-    batch.advantages = group_advantages(batch.rewards, batch.group_ids, estimator=trainer.config.algo.estimator)
-    return batch, trainer.annotate(batch, segment_steps(batch.tokens, batch.response_mask, trainer.boundary_ids))
+    trainer.score(batch)
+    batch.rollout_logprobs = batch.old_logprobs
+    trainer.estimate_advantages(batch)
+    step_ids = segment_steps(batch.tokens, batch.response_mask, trainer.boundary_ids)
+    return batch, trainer.select_clips(batch, step_ids)
 
 
 def off_policy(batch: RolloutBatch) -> RolloutBatch:

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from echorl_nemo.engines.megatron.checks import world_size
 from echorl_nemo.engines.megatron.config import RunConfig
 from tests.engines.megatron import helpers
-from tests.engines.megatron.helpers import LAYOUTS, prepared_batch, tiny_config, trainer_of, world_of
+from tests.engines.megatron.helpers import LAYOUTS, prepared_batch, tiny_config, trainer_of
 
 
 def _steps(config: RunConfig, dtype: torch.dtype) -> tuple[list[dict[str, float]], set[torch.dtype]]:
     helpers.PLATFORM = replace(helpers.PLATFORM, dtype=dtype)
     trainer = trainer_of(config)
-    generated = trainer.rollout.generate(trainer.train_data.step(0, 2, seed=0), 2, seed=0)
+    generated = trainer.rollout.generate(trainer.train_data.sequence(0, 2, seed=0), 2, seed=0)
     assert generated.rollout_logprobs is not None and generated.rollout_logprobs.isfinite().all()
     batch, _ = prepared_batch(trainer)
     metrics = [trainer.policy.update(batch) for _ in range(3)]
@@ -25,8 +26,8 @@ def _steps(config: RunConfig, dtype: torch.dtype) -> tuple[list[dict[str, float]
 @pytest.mark.parametrize("layout", ["TP2", "PP2"])
 def test_bf16_trains_like_float32_to_its_rounding(ranks: Callable[..., list[Any]], layout: str) -> None:
     config = tiny_config(*LAYOUTS[layout], "echorl.coef=1")
-    (exact, _), *_ = ranks(world_of(config), _steps, config, torch.float32)
-    (rounded, dtypes), *_ = ranks(world_of(config), _steps, config, torch.bfloat16)
+    (exact, _), *_ = ranks(world_size(config), _steps, config, torch.float32)
+    (rounded, dtypes), *_ = ranks(world_size(config), _steps, config, torch.bfloat16)
     assert dtypes == {torch.bfloat16}
     assert rounded[-1]["clip_loss"] < rounded[0]["clip_loss"]
     for ours, expected in zip(rounded, exact, strict=True):

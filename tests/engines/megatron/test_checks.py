@@ -23,14 +23,16 @@ def problems(*overrides: str) -> str:
     ("overrides", "message"),
     [
         (["parallel.tensor=3"], "parallel.tensor=3: the model's 4 attention heads are not divisible by it"),
-        (["parallel.tensor=4"], "parallel.tensor=4: the model's 2 key-value heads are not divisible by it"),
+        (["parallel.tensor=3"], "parallel.tensor=3: the model's 2 key-value heads are neither divisible by it nor"),
         (["parallel.pipeline=4"], "parallel.pipeline=4: the model's 2 layers are not divisible by it"),
         (["trainer.minibatch_prompts=3"], "prompts_per_step=4 is not divisible by trainer.minibatch_prompts=3"),
         (["parallel.data=3"], "minibatch_prompts=4 groups are not divisible by parallel.data=3"),
         (["trainer.micro_batch_size=5"], "4 groups x 4 rollouts of a mini-batch are not divisible"),
         (["rollout.group_size=1"], "rollout.group_size=1: algo.estimator=grpo compares the rollouts of a group"),
-        (["rollout.temperature=0"], "rollout.temperature=0 is greedy"),
-        (["rollout.max_new_tokens=120"], "max_new_tokens=120: with the longest prompt of 13 tokens that is 133"),
+        (
+            ["rollout.max_new_tokens=120"],
+            "max_new_tokens=120: with the longest prompt of data.train, 13 tokens, that is 133",
+        ),
         (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file"),
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit or drop the line"),
         (["data.reward=judge"], "data.reward='judge' is not known; use one of exact_line, math"),
@@ -62,6 +64,8 @@ def test_a_vocabulary_without_the_boundary(tiny_chain: Path, tmp_path: Path) -> 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "holds a run already; set trainer.resume=true" in problems(f"trainer.run_dir={tmp_path}")
+    assert "holds a run that saved no checkpoint" in problems(f"trainer.run_dir={tmp_path}", "trainer.resume=true")
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     check(tiny_config(f"trainer.run_dir={tmp_path}", "trainer.resume=true"))
 
 

@@ -45,13 +45,12 @@ def test_a_user_error_on_a_rank_is_told_without_a_trace(capfd: pytest.CaptureFix
 
 
 def test_torchrun_and_srun_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert outer_world() is None
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell
+    monkeypatch.setenv("SLURM_NTASKS", "16")  # the batch script of a job of 16 tasks
     assert outer_world() is None
-    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     assert outer_world() == 16
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -62,7 +61,7 @@ def test_srun_without_an_address_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(UserError, match="MASTER_ADDR is not set: under srun"):
         launch(lambda: None, 2, PLATFORM, timeout_minutes=1)
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from echorl_nemo.engines.megatron.checks import world_size
 from echorl_nemo.engines.megatron.config import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, example_batch, prepared_batch, tiny_config, trainer_of, world_of
+from tests.engines.megatron.helpers import LAYOUTS, example_batch, prepared_batch, tiny_config, trainer_of
 
 NEWLINE = 34
 
@@ -47,7 +48,7 @@ def test_the_shipped_model_comes_out_as_it_went_in(
     ranks: Callable[..., list[Any]], tiny_chain: Path, tmp_path: Path, layout: str
 ) -> None:
     config = tiny_config(*LAYOUTS[layout])
-    ranks(world_of(config), _export_and_train, config, tmp_path / "export")
+    ranks(world_size(config), _export_and_train, config, tmp_path / "export")
     original = load_file(tiny_chain / "model" / "model.safetensors")
     exported = load_file(tmp_path / "export" / "model.safetensors")
     assert original.keys() == exported.keys()

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from echorl_nemo.engines.megatron.checks import world_size
 from echorl_nemo.engines.megatron.config import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of, world_of
-
-EXACT = {"lr"}
+from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
 
 
 def _first_steps(config: RunConfig) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def _first_steps(config: RunConfig) -> dict[str, Any]:
 
 def run(ranks: Callable[..., list[Any]], *overrides: str) -> list[dict[str, Any]]:
     config = tiny_config("algo=dapo", "algo.entropy_coef=0.01", *overrides)
-    return ranks(world_of(config), _first_steps, config)
+    return ranks(world_size(config), _first_steps, config)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from echorl_nemo.engines.megatron.checks import world_size
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.rollout.batch import RolloutBatch
-from tests.engines.megatron.helpers import LAYOUTS, example_batch, tiny_config, trainer_of, world_of
+from tests.engines.megatron.helpers import LAYOUTS, example_batch, tiny_config, trainer_of
 
 
 def _score(config: RunConfig) -> tuple[RolloutBatch, torch.Tensor, torch.Tensor]:
@@ -35,13 +36,13 @@ def test_scores_equal_a_float64_forward_of_transformers(ranks: Callable[..., lis
 
 def _generate(config: RunConfig, seed: int) -> tuple[RolloutBatch, torch.Tensor, torch.Tensor]:
     trainer = trainer_of(config)
-    batch = trainer.rollout.generate(trainer.train_data.step(0, 4, seed=0), config.rollout.group_size, seed=seed)
+    batch = trainer.rollout.generate(trainer.train_data.sequence(0, 4, seed=0), config.rollout.group_size, seed=seed)
     return batch, *trainer.policy.score(batch)
 
 
 def rollouts(ranks: Callable[..., list[Any]], *overrides: str, seed: int = 0) -> list[Any]:
     config = tiny_config(*overrides)
-    return ranks(world_of(config), _generate, config, seed)
+    return ranks(world_size(config), _generate, config, seed)
 
 
 def texts(batch: RolloutBatch) -> list[str]:
