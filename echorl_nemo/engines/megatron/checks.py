@@ -115,16 +115,6 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
             f"trainer.minibatch_prompts={trainer.minibatch_prompts} groups are not divisible by "
             f"parallel.data={data}: a group is never split over replicas"
         )
-    elif trainer.minibatch_prompts // data * group_size % trainer.micro_batch_size:
-        problems.append(
-            f"a replica's {trainer.minibatch_prompts // data} groups x {group_size} rollouts of a mini-batch are "
-            f"not divisible by trainer.micro_batch_size={trainer.micro_batch_size}"
-        )
-    if config.algo.dynamic_sampling and group_size % trainer.micro_batch_size:
-        problems.append(
-            f"algo.dynamic_sampling=true makes steps of any number of groups: rollout.group_size={group_size} must be "
-            f"divisible by trainer.micro_batch_size={trainer.micro_batch_size}"
-        )
     return problems
 
 

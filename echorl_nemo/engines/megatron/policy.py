@@ -90,10 +90,12 @@ class MegatronPolicy:
         own = list(self.parallel.my_share(len(batch)))
         self.model.ddp.eval()
         with torch.no_grad():
-            scored = self._run(batch, self._micro_batches(own), self._score_logits, forward_only=True)
+            rows = own + [0] * self._filling(len(own))
+            scored = self._run(batch, self._micro_batches(rows), self._score_logits, forward_only=True)
         width = batch.tokens.shape[1]
         flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(own), width), torch.float32).cpu()
+        table = self.parallel.broadcast_from_last_stage(flat, (2, len(rows), width), torch.float32)
+        table = table[:, : len(own)].cpu()
         result = torch.zeros(2, len(batch), width)
         for rows, values in self.parallel.share_over_replicas((own, table)):
             result[:, rows] = values
@@ -125,9 +127,9 @@ class MegatronPolicy:
         counts = self._counts(batch)
         own = torch.tensor(groups[self.parallel.data_rank :: self.parallel.data_size], dtype=torch.long)
         rows = torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist()
-        if not rows:  # every replica has to take part in the reduction of gradients
-            rows = list(range(len(batch), len(batch) + self.trainer.micro_batch_size))
-            batch = concatenate([batch, _without_loss(batch.select([0] * len(rows)))])
+        if filling := self._filling(len(rows)):
+            rows += range(len(batch), len(batch) + filling)
+            batch = concatenate([batch, _without_loss(batch.select([0] * filling))])
         micro_rows = self._micro_batches(rows)
 
         self.model.ddp.train()
@@ -159,10 +161,13 @@ class MegatronPolicy:
         )
         return StepCounts(totals, float(clip))
 
+    def _filling(self, rows: int) -> int:
+        """Rows that fill a replica's last micro-batch: pipeline stages exchange micro-batches of one shape, and a
+        replica without any rollout still takes part in every collective."""
+        return -rows % self.trainer.micro_batch_size if rows else self.trainer.micro_batch_size
+
     def _micro_batches(self, rows: list[int]) -> list[list[int]]:
         size = self.trainer.micro_batch_size
-        if len(rows) % size:  # pipeline stages exchange micro-batches of one shape
-            raise ValueError(f"{len(rows)} rollouts of a replica do not divide by trainer.micro_batch_size={size}")
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _run(
@@ -181,8 +186,6 @@ class MegatronPolicy:
             output = module(micro.tokens, positions, None, **self.model.call_options)
             return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
 
-        if not micro_rows:
-            return []
         return self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(micro_rows),

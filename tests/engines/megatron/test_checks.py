@@ -27,7 +27,6 @@ def problems(*overrides: str) -> str:
         (["parallel.pipeline=4"], "parallel.pipeline=4: the model's 2 layers are not divisible by it"),
         (["trainer.minibatch_prompts=3"], "prompts_per_step=4 is not divisible by trainer.minibatch_prompts=3"),
         (["parallel.data=3"], "minibatch_prompts=4 groups are not divisible by parallel.data=3"),
-        (["trainer.micro_batch_size=5"], "4 groups x 4 rollouts of a mini-batch are not divisible"),
         (["rollout.group_size=1"], "rollout.group_size=1: algo.estimator=grpo compares the rollouts of a group"),
         (
             ["rollout.max_new_tokens=120"],

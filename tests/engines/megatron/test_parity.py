@@ -44,7 +44,18 @@ def test_the_example_has_what_makes_it_hard(baseline: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "micro_batch_size"),
-    [("TP1", 1), ("TP1", 2), ("TP2", 2), ("PP2", 1), ("PP2", 4), ("TP2xPP2", 4), ("DP2", 1), ("DP2", 4)],
+    [
+        ("TP1", 1),
+        ("TP1", 2),
+        ("TP2", 2),
+        ("PP2", 1),
+        ("PP2", 4),
+        ("PP2", 3),
+        ("TP2xPP2", 4),
+        ("DP2", 1),
+        ("DP2", 4),
+        ("DP2", 5),
+    ],
 )
 def test_steps_are_the_same(
     ranks: Callable[..., list[Any]], baseline: dict[str, Any], layout: str, micro_batch_size: int
