@@ -54,6 +54,13 @@ def random_chain(rng: random.Random, shortest: int, longest: int) -> Chain:
     return Chain(rng.randrange(10), tuple(rng.choice(OPERATIONS) for _ in range(length)))
 
 
+def add_filler(response: str, rng: random.Random) -> str:
+    """``response`` with 0 to 4 lines of a random digit, ``=7``, before its answer: what they say does not matter, and
+    when to stop them is the only choice."""
+    head, answer = response.rsplit("A:", 1)
+    return head + "".join(f"={rng.randrange(10)}\n" for _ in range(rng.randint(0, 4))) + "A:" + answer
+
+
 class Corruption:
     """For every fact its corruption rate and its one wrong result, fixed by ``seed``."""
 

@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 import torch
-from chain import DIGITS, LABELS, OPERATIONS, Chain, Corruption, random_chain
+from chain import DIGITS, LABELS, OPERATIONS, Chain, Corruption, add_filler, random_chain
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -75,7 +75,9 @@ def encode(
     return tokens, labels
 
 
-def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch: int = 128) -> None:
+def warm_start(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, *, filler: bool, batch: int = 128
+) -> None:
     """Imitate demonstrations: chains of 1 to 2 operations first, then 2 to 6, with some of 7 to 8."""
     rng, corruption = random.Random(SEED), Corruption(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
@@ -87,7 +89,10 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, step
         else:
             shortest, longest = (7, 8) if step % 8 == 0 else (2, 6)
         chains = [random_chain(rng, shortest, longest) for _ in range(batch)]
-        tokens, labels = encode(tokenizer, chains, [corruption.demonstrate(chain, rng) for chain in chains])
+        texts = [corruption.demonstrate(chain, rng) for chain in chains]
+        if filler:
+            texts = [add_filler(text, rng) for text in texts]
+        tokens, labels = encode(tokenizer, chains, texts)
         loss = model(tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,7 +113,7 @@ def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
         by_length.setdefault(len(chain.operations), []).append(chain)
     for group in by_length.values():
         prompts = tokenizer([chain.prompt for chain in group], return_tensors="pt")
-        out = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=64)
+        out = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=80)
         texts = tokenizer.batch_decode(out[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(text.endswith(f"A:{chain.solve()[1]}\n") for text, chain in zip(texts, group, strict=True))
     return right / len(chains)
@@ -118,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000, help="warm-start steps")
+    parser.add_argument("--filler", action="store_true", help="demonstrate with filler lines before the answer")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -125,7 +131,7 @@ def main() -> None:
 
     write_data(args.out)
     tokenizer, model = make_tokenizer(), make_model()
-    warm_start(model, tokenizer, args.steps)
+    warm_start(model, tokenizer, args.steps, filler=args.filler)
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     print(f"parameters {model.num_parameters()}")
