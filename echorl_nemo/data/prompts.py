@@ -1,16 +1,28 @@
-"""Prompts with reference answers, from JSONL files."""
+"""Prompts with reference answers, from a data source."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from omegaconf import MISSING
 
+from echorl_nemo.data.source import read_rows
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
+
+
+@dataclass(kw_only=True)
+class ExtraReward:
+    """A verifier that shapes the reward."""
+
+    name: str = MISSING
+    """As in `data.reward`."""
+
+    weight: float = MISSING
+    """Of its value in the shaped reward."""
 
 
 @dataclass(kw_only=True)
@@ -18,16 +30,31 @@ class DataConfig:
     """What is asked, and how answers are verified."""
 
     train: str = MISSING
-    """JSONL file, one prompt a line."""
+    """A .jsonl or .parquet file, a folder that `datasets` saved, or the id of a hub dataset."""
+
+    train_split: str = "train"
+    """Split of `train`, where it is a dataset."""
 
     eval: str | None = None
-    """JSONL file of held-out prompts; null: no evaluation."""
+    """Held-out prompts, a source like `train`; null: no evaluation."""
+
+    eval_split: str = "test"
+    """Split of `eval`, where it is a dataset."""
+
+    subset: str | None = None
+    """Configuration of a hub dataset that has several."""
 
     prompt_key: str = "prompt"
     """Column of the prompt: a text, or a list of chat messages."""
 
     answer_key: str = "answer"
     """Column of the reference answer: a text or a number."""
+
+    prompt_template: str | None = None
+    """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`."""
+
+    answer_template: str | None = None
+    """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`."""
 
     chat_template: bool = False
     """Wrap a prompt in the tokenizer's chat template; lists of messages are always wrapped."""
@@ -36,10 +63,31 @@ class DataConfig:
     """System message put before a prompt, with a chat template."""
 
     max_prompt_tokens: int = 1024
-    """A longer prompt stops the run before it starts."""
+    """Longest prompt."""
+
+    drop_long_prompts: bool = False
+    """Leave out prompts that are longer. False stops the run before it starts."""
 
     reward: str = "math"
-    """Verifier: `math` (math-verify) or `exact_line` (the final `A:` line)."""
+    """Verifier that decides success: `math` (math-verify), `exact_line` (the final `A:` line), or a function of one's
+    own, `package.module:name`, of (response, answer)."""
+
+    extra_rewards: list[ExtraReward] = field(default_factory=list)
+    """Further verifiers with their weights, `[{name: "my.module:style", weight: 0.1}]`: added to the reward that
+    advantages are estimated from, after success is decided."""
+
+    reward_timeout: float = 10.0
+    """Seconds that a verifier may take for a response; then the reward is 0, and counted."""
+
+    reward_workers: int = 2
+    """Processes of each rank that verify; `exact_line` needs none."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "reward_workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.reward_timeout <= 0:
+            raise UserError(f"data.reward_timeout={self.reward_timeout} must be above 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -54,30 +102,39 @@ class Prompt:
 
 
 class PromptData:
-    """The prompts of a file, in the order of a seeded shuffle that depends on their position alone."""
+    """The prompts of a source, in the order of a seeded shuffle that depends on their position alone."""
 
-    def __init__(self, path: str, config: DataConfig, tokenizer: Tokenizer, *, field: str) -> None:
-        """``field`` names the config key of ``path`` in errors. Raises UserError for a bad file, line or prompt."""
+    def __init__(
+        self, source: str, config: DataConfig, tokenizer: Tokenizer, *, field: str, split: str = "train"
+    ) -> None:
+        """``field`` names the config key of ``source`` in errors. Raises UserError for a bad file, row or prompt."""
         self._tokens: list[tuple[int, ...]] = []
         self._texts: list[str] = []
         self._answers: list[str] = []
-        for where, row in read_jsonl(path, field=field):
-            text, tokens = _encode(row, where, config, tokenizer)
-            answer = row.get(config.answer_key)
-            if not isinstance(answer, (str, int, float)):
-                raise UserError(f"{where}: {config.answer_key}={answer!r} is no text or number; see data.answer_key")
-            if not tokens:
-                raise UserError(f"{where}: {config.prompt_key} is empty; drop the line")
+        dropped = 0
+        reader = _RowReader(config, tokenizer)
+        for where, row in read_rows(source, subset=config.subset, split=split, field=field):
+            text, tokens = reader.prompt(row, where)
+            answer = reader.answer(row, where)
             if len(tokens) > config.max_prompt_tokens:
-                raise UserError(
-                    f"{where}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens={config.max_prompt_tokens}; "
-                    "raise the limit or drop the line"
-                )
+                if not config.drop_long_prompts:
+                    raise UserError(
+                        f"{where}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens="
+                        f"{config.max_prompt_tokens}; raise the limit, drop the line, or set "
+                        "data.drop_long_prompts=true"
+                    )
+                dropped += 1
+                continue
             self._tokens.append(tokens)
             self._texts.append(text)
-            self._answers.append(str(answer))
+            self._answers.append(answer)
         if not self._tokens:
-            raise UserError(f"{field}={path} holds no prompt")
+            raise UserError(f"{field}={source} holds no prompt ({dropped} were longer than data.max_prompt_tokens)")
+        if dropped:
+            logging.getLogger(__name__).warning(
+                "%s=%s: %d of %d prompts are longer than %d tokens and left out",
+                field, source, dropped, dropped + len(self), config.max_prompt_tokens,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -88,7 +145,7 @@ class PromptData:
         return max(len(tokens) for tokens in self._tokens)
 
     def all(self) -> list[Prompt]:
-        """Every prompt, in the file's order."""
+        """Every prompt, in the source's order."""
         return [self._prompt(index, group_id=index) for index in range(len(self))]
 
     def sequence(self, start: int, count: int, *, seed: int) -> list[Prompt]:
@@ -110,41 +167,67 @@ class PromptData:
         return Prompt(self._tokens[index], self._texts[index], self._answers[index], group_id)
 
 
-def read_jsonl(path: str, *, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each line that is not blank. Raises UserError for a missing file or a bad line."""
-    if not Path(path).is_file():
-        raise UserError(f"{field}={path}: no such file")
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
-            yield where, row
+class _RowReader:
+    """Prompt and answer of a row, as the configuration says."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+        self._prompt = _template(environment, config.prompt_template, "data.prompt_template")
+        self._answer = _template(environment, config.answer_template, "data.answer_template")
+
+    def prompt(self, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
+        config = self.config
+        prompt = row.get(config.prompt_key)
+        if self._prompt is not None:
+            prompt = _render(self._prompt, row, where, "data.prompt_template")
+        if isinstance(prompt, str) and not config.chat_template:
+            text, tokens = prompt, tuple(self.tokenizer.encode(prompt))
+        else:
+            text, tokens = self._chat(prompt, row, where)
+        if not prompt:
+            raise UserError(f"{where}: {config.prompt_key} is empty; drop the line")
+        return text, tokens
+
+    def answer(self, row: dict[str, Any], where: str) -> str:
+        if self._answer is not None:
+            return _render(self._answer, row, where, "data.answer_template")
+        answer = row.get(self.config.answer_key)
+        if not isinstance(answer, (str, int, float)):
+            raise UserError(f"{where}: {self.config.answer_key}={answer!r} is no text or number; see data.answer_key")
+        return str(answer)
+
+    def _chat(self, prompt: Any, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
+        config = self.config
+        if isinstance(prompt, str):
+            messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
+            messages = prompt
+        else:
+            raise UserError(
+                f"{where}: {config.prompt_key}={prompt!r} is no text and no list of chat messages; the row has "
+                f"{', '.join(row)}: see data.prompt_key"
+            )
+        if config.system_prompt is not None:
+            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        try:
+            text = self.tokenizer.render_chat(messages)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        return text, tuple(self.tokenizer.encode(text, rendered=True))
 
 
-def _encode(row: dict[str, Any], where: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
-    prompt = row.get(config.prompt_key)
-    if isinstance(prompt, str) and not config.chat_template:
-        return prompt, tuple(tokenizer.encode(prompt))
-    if isinstance(prompt, str):
-        messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-        messages = prompt
-    else:
-        raise UserError(
-            f"{where}: {config.prompt_key}={prompt!r} is no text and no list of chat messages; the line has "
-            f"{', '.join(row)}: see data.prompt_key"
-        )
-    if config.system_prompt is not None:
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+def _template(environment: jinja2.Environment, text: str | None, field: str) -> jinja2.Template | None:
+    if text is None:
+        return None
     try:
-        text = tokenizer.render_chat(messages)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return text, tuple(tokenizer.encode(text, rendered=True))
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{field}: no Jinja template: {error}") from error
+
+
+def _render(template: jinja2.Template, row: dict[str, Any], where: str, field: str) -> str:
+    try:
+        return template.render(**row)
+    except (jinja2.UndefinedError, TypeError) as error:
+        raise UserError(f"{where}: {field}: {error}; the row has {', '.join(row)}") from error

@@ -24,6 +24,8 @@ def step_line(step: int, steps: int, values: dict[str, float]) -> str:
             f"clips {values['echorl.clips']:.0f} share {values['echorl.clip_share']:.2f} "
             f"stop {values['echorl.stop_coverage']:.2f} loss {values['clip_loss']:.3f}"
         )
+    if values.get("verify.failures"):
+        parts.append(f"{values['verify.failures']:.0f} verifier failures, see verifier_failures.jsonl")
     parts.append(f"entropy {values['entropy']:.4f} grad {values['grad_norm']:.3g}")
     split = " ".join(f"{phase} {values[f'time.{phase}']:.1f}" for phase in PHASES)
     parts.append(f"{values['tokens_per_second']:.0f} tok/s, {split} s")

@@ -16,6 +16,7 @@ from echorl_nemo.rollout.batch import RolloutBatch
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+FAILURES_FILE = "verifier_failures.jsonl"
 REPORT_FILE = "report.html"
 
 
@@ -49,7 +50,7 @@ class RunLogger:
         """``first_step``: what an interrupted run wrote of this step and later ones is dropped."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config = folder, config
-        for name in (METRICS_FILE, ROLLOUTS_FILE):
+        for name in (METRICS_FILE, ROLLOUTS_FILE, FAILURES_FILE):
             _keep_lines(folder / name, lambda row: row["step"] < first_step)
         self._board: Any = None
         if config.tensorboard:
@@ -64,6 +65,10 @@ class RunLogger:
             for name, value in values.items():
                 self._board.add_scalar(name.replace(".", "/"), value, step)
             self._board.flush()
+
+    def failures(self, step: int, failures: Iterable[dict[str, str]]) -> None:
+        """Verifiers that gave no answer, each with its problem."""
+        _append(self.folder / FAILURES_FILE, [{"step": step, **failure} for failure in failures])
 
     def keeps_rollouts(self, step: int, *, last: bool) -> bool:
         return last or step % self.config.rollouts_every == 0
@@ -128,9 +133,9 @@ def _record(
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -1,6 +1,6 @@
 """Everything that a run shows and writes, in one place; only the main rank has one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -33,9 +33,11 @@ class Recorder:
         batch: RolloutBatch,
         step_ids: Tensor,
         pieces: Callable[[list[int]], list[str]],
+        failures: Sequence[dict[str, str]] = (),
     ) -> None:
-        """A training step, its rollouts where they are due."""
+        """A training step, its rollouts where they are due, and the verifiers that failed."""
         self.logger.metrics(step, metrics)
+        self.logger.failures(step, failures)
         if self.logger.keeps_rollouts(step, last=step == self.steps - 1):
             self.logger.rollouts(step, batch, step_ids, pieces)
         self.console.step(step, metrics)

@@ -52,12 +52,12 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenize
         ([{"prompt": "", "answer": "3"}], {}, "x.jsonl:1: prompt is empty; drop the line"),
         (["[1]\n"], {}, "x.jsonl:1: a JSON list, not an object"),
         (["\n"], {}, "data.train=.*x.jsonl holds no prompt"),
-        ([{"question": "6a+7"}], {}, "x.jsonl:1: prompt=None is no text.*the line has question: see data.prompt_key"),
+        ([{"question": "6a+7"}], {}, "x.jsonl:1: prompt=None is no text.*the row has question: see data.prompt_key"),
         ([{"prompt": "6a+7"}], {}, "x.jsonl:1: answer=None is no text or number; see data.answer_key"),
         (
             [{"prompt": "6a+7b+7", "answer": "0"}],
             {"max_prompt_tokens": 4},
-            "x.jsonl:1: the prompt has 5 tokens, data.max_prompt_tokens=4; raise the limit or drop the line",
+            "x.jsonl:1: the prompt has 5 tokens, data.max_prompt_tokens=4; raise the limit, drop the line, or set",
         ),
         (
             [{"prompt": "6a+7", "answer": "3"}],
@@ -91,3 +91,53 @@ def test_messages_go_through_the_chat_template(tokenizer: Tokenizer, tmp_path: P
         assert load(chat, tmp_path / "x.jsonl", row, **settings).all()[0].text == "6a+7="
     with_system = load(chat, tmp_path / "x.jsonl", {"prompt": messages, "answer": "3"}, system_prompt="1")
     assert with_system.all()[0].text == "16a+7="
+
+
+def test_templates_make_prompt_and_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row = {"start": 6, "steps": ["a+7", "b*3"], "answer": "6+7=3, 3*3=9 #### 9"}
+    settings = {
+        "prompt_template": "{{ start }}{{ steps | join('') }}",
+        "answer_template": "{{ answer.split('####')[-1].strip() }}",
+    }
+    prompt = load(tokenizer, tmp_path / "x.jsonl", row, **settings).all()[0]
+    assert (prompt.text, prompt.answer) == ("6a+7b*3", "9")
+    with pytest.raises(UserError, match=r"x.jsonl:1: data.prompt_template: 'question' is undefined; the row has start"):
+        load(tokenizer, tmp_path / "x.jsonl", row, prompt_template="{{ question }}")
+    with pytest.raises(UserError, match="data.prompt_template: no Jinja template"):
+        load(tokenizer, tmp_path / "x.jsonl", row, prompt_template="{{ question")
+
+
+def test_long_prompts_are_left_out_when_asked(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "6a+7", "answer": 3}, {"prompt": "6a+7b+7", "answer": 0}]
+    data = load(tokenizer, tmp_path / "x.jsonl", *rows, max_prompt_tokens=4, drop_long_prompts=True)
+    assert [prompt.text for prompt in data.all()] == ["6a+7"]
+    assert "1 of 2 prompts are longer than 4 tokens and left out" in caplog.text
+    with pytest.raises(UserError, match=r"holds no prompt \(2 were longer than data.max_prompt_tokens\)"):
+        load(tokenizer, tmp_path / "x.jsonl", *rows, max_prompt_tokens=2, drop_long_prompts=True)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved-splits"])
+def test_datasets_in_files_and_folders(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": "6a+7", "answer": "3"}, {"prompt": "1a+1", "answer": "2"}])
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x")
+    if kind == "parquet":
+        rows.to_parquet(path)
+    elif kind == "saved":
+        rows.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(path)
+    config = DataConfig(train=str(path))
+    data = PromptData(str(path), config, tokenizer, field="data.train", split="test")
+    assert [p.text for p in data.all()] == (["1a+1"] if kind == "saved-splits" else ["6a+7", "1a+1"])
+    if kind == "saved-splits":
+        with pytest.raises(UserError, match=r"data.eval=.*x \(subset None, split validation\)"):
+            PromptData(str(path), config, tokenizer, field="data.eval", split="validation")
+
+
+def test_what_is_no_source_is_told(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="data.train=/no where: no such file, folder or hub dataset"):
+        PromptData("/no where", DataConfig(train="x"), tokenizer, field="data.train")

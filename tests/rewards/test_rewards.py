@@ -1,7 +1,7 @@
 import pytest
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.rewards import exact_line, math_equal, reward_by_name
+from echorl_nemo.rewards import exact_line, find_verifier
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,23 @@ def test_exact_line(response: str, reward: float) -> None:
         ("", "8", 0.0),
     ],
 )
-def test_math_equal(response: str, answer: str, reward: float) -> None:
-    assert math_equal(response, answer) == reward
+def test_math(response: str, answer: str, reward: float) -> None:
+    assert find_verifier("math")(response, answer) == reward
 
 
-def test_unknown_reward_is_refused() -> None:
-    with pytest.raises(UserError, match="data.reward='judge' is not known; use one of exact_line, math"):
-        reward_by_name("judge")
+def test_a_verifier_of_ones_own() -> None:
+    assert find_verifier("tests.rewards.verifiers:answers_length")("abc", "3") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("judge", "reward 'judge' is not known; use exact_line, math, or your own"),
+        ("nowhere.at_all:x", "reward 'nowhere.at_all:x' cannot be imported: No module named 'nowhere'"),
+        ("tests.rewards.verifiers:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
+        ("tests.rewards.verifiers:NUMBER", "is no function"),
+    ],
+)
+def test_unknown_verifiers_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_verifier(name)

@@ -13,7 +13,7 @@ from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.launch import outer_world
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
-from echorl_nemo.rewards import reward_by_name
+from echorl_nemo.rewards import find_verifier
 
 CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
@@ -52,19 +52,24 @@ def check(config: RunConfig) -> Inputs:
     train_data = eval_data = None
     boundaries: tuple[int, ...] = ()
     try:
-        train_data = PromptData(config.data.train, config.data, tokenizer, field="data.train")
-        if config.data.eval is not None:
-            eval_data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval")
-        reward_by_name(config.data.reward)
+        data = config.data
+        train_data = PromptData(data.train, data, tokenizer, field="data.train", split=data.train_split)
+        if data.eval is not None:
+            eval_data = PromptData(data.eval, data, tokenizer, field="data.eval", split=data.eval_split)
     except UserError as error:
         problems.append(str(error))
+    for name in (config.data.reward, *(extra.name for extra in config.data.extra_rewards)):
+        try:
+            find_verifier(name)
+        except UserError as error:
+            problems.append(f"data.reward or data.extra_rewards: {error}")
     try:
         boundaries = boundary_ids(tokenizer, config.echorl.boundary)
     except ValueError as error:
         problems.append(str(error))
-    for name, data in (("data.train", train_data), ("data.eval", eval_data)):
-        if data is not None:
-            problems += length_problems(config, hf_config, data, name)
+    for name, prompts in (("data.train", train_data), ("data.eval", eval_data)):
+        if prompts is not None:
+            problems += length_problems(config, hf_config, prompts, name)
     problems += run_dir_problems(config)
     if problems:
         raise UserError("\n".join(problems))

@@ -21,7 +21,7 @@ from echorl_nemo.grpo import (
     kl_estimate,
     overlong_penalty,
 )
-from echorl_nemo.rewards import Reward
+from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
 
@@ -36,10 +36,13 @@ class Trainer:
     config: RunConfig
     policy: MegatronPolicy
     rollout: RolloutEngine
-    reward: Reward
+    verifiers: VerifierPool
+    """The one that decides success first, then those that add to the reward."""
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
+    failures: list[dict[str, str]] = field(default_factory=list)
+    """Verifiers that gave no answer in the latest step: prompt, answer, verifier and failure of each."""
     position: int = 0
     """Prompts asked so far; what a resumed run goes on from."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Trainer:
         """One training step; returns its metrics, the batch as trained on, and its step ids [N, S]."""
         start = time.perf_counter()
         self.seconds = dict.fromkeys(("generate", "verify", "score", "update"), 0.0)
+        self.failures = []
         batch, metrics = self.roll_out()
         generated = float(batch.response_mask.sum())
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
@@ -65,7 +69,11 @@ class Trainer:
             self.rollout.update_weights(self.policy)
         elapsed = time.perf_counter() - start
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
-        metrics |= {"time.step": elapsed, "tokens_per_second": generated / elapsed}
+        metrics |= {
+            "verify.failures": float(len(self.failures)),
+            "time.step": elapsed,
+            "tokens_per_second": generated / elapsed,
+        }
         return metrics, batch, step_ids
 
     def roll_out(self) -> tuple[RolloutBatch, dict[str, float]]:
@@ -101,7 +109,7 @@ class Trainer:
         with self._timed("generate"):
             batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
         with self._timed("verify"):
-            batch.rewards = self.verify(batch)
+            self.verify(batch)
         return batch
 
     def score(self, batch: RolloutBatch) -> dict[str, float]:
@@ -116,10 +124,13 @@ class Trainer:
         return gaps
 
     def estimate_advantages(self, batch: RolloutBatch) -> None:
-        """Fill in advantages, from rewards shaped by length and KL where that is asked for, and who counts."""
+        """Fill in advantages, from rewards shaped by further verifiers, length and KL where that is asked for, and who
+        counts."""
         algo = self.config.algo
         assert batch.rewards is not None
         shaped = batch.rewards - overlong_penalty(batch.response_lengths, self.config.rollout.max_new_tokens, algo)
+        for extra in self.config.data.extra_rewards:
+            shaped = shaped + extra.weight * batch.reward_parts[extra.name]
         if algo.kl_coef and algo.kl_in == "reward":
             assert batch.old_logprobs is not None and batch.reference_logprobs is not None
             kl = kl_estimate(batch.old_logprobs, batch.reference_logprobs, estimator=algo.kl_estimator)
@@ -143,15 +154,19 @@ class Trainer:
         batch.clip_mask = selection.mask
         return {f"echorl.{name}": value for name, value in selection.stats.items()}
 
-    def verify(self, batch: RolloutBatch) -> Tensor:
-        """Rewards, [N] float32; the ranks of the run share the work."""
-        rank = torch.distributed.get_rank()
-        world = torch.distributed.get_world_size()
-        mine = [(row, self.reward(batch.responses[row], batch.answers[row])) for row in range(rank, len(batch), world)]
-        rewards = torch.zeros(len(batch))
-        for row, reward in self.parallel.share_objects(mine):
-            rewards[row] = reward
-        return rewards
+    def verify(self, batch: RolloutBatch) -> None:
+        """Fill in rewards and their parts; the ranks of the run share the work."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = range(rank, len(batch), world)
+        verdicts = self.verifiers.score([(batch.responses[row], batch.answers[row]) for row in mine])
+        found = [(name, row, verdict) for name in verdicts for row, verdict in zip(mine, verdicts[name], strict=True)]
+        batch.reward_parts = {name: torch.zeros(len(batch)) for name in self.verifiers.names}
+        for name, row, verdict in self.parallel.share_objects(found):
+            batch.reward_parts[name][row] = verdict.reward
+            if verdict.failure:
+                about = {"prompt": batch.prompts[row], "answer": batch.answers[row]}
+                self.failures.append({**about, "verifier": name, "failure": verdict.failure})
+        batch.rewards = batch.reward_parts[self.verifiers.names[0]]
 
     def evaluate(self) -> dict[str, float]:
         """Sampled accuracy on the held-out prompts; empty if there are none."""
@@ -163,7 +178,9 @@ class Trainer:
             seed=self.config.trainer.seed + EVALUATION_SEED_OFFSET,
             temperature=self.config.trainer.eval_temperature,
         )
-        success = (self.verify(batch) >= self.config.echorl.success_reward) & batch.finished
+        self.verify(batch)
+        assert batch.rewards is not None
+        success = (batch.rewards >= self.config.echorl.success_reward) & batch.finished
         return {
             "eval.accuracy": float(success.float().mean()),
             "eval.response_length": float(batch.response_lengths.float().mean()),
@@ -196,6 +213,7 @@ def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float
         "all_zero": float((successes == 0).float().mean()),
         "truncated": float((~batch.finished).float().mean()),
         "response_length": float(batch.response_lengths.float().mean()),
+        **{f"reward.{name}": float(part.mean()) for name, part in batch.reward_parts.items()},
     }
 
 

@@ -15,7 +15,7 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.report.recorder import Recorder
-from echorl_nemo.rewards import reward_by_name
+from echorl_nemo.rewards import VerifierPool
 
 
 def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
@@ -40,9 +40,10 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
         if last or _due(step, config.trainer.eval_every):
             metrics |= trainer.evaluate()
         if recorder is not None:
-            recorder.step(step, metrics, batch, step_ids, inputs.tokenizer.pieces)
+            recorder.step(step, metrics, batch, step_ids, inputs.tokenizer.pieces, trainer.failures)
         if last or _due(step, config.trainer.save_every):
             checkpoint.save(checkpoints, trainer.policy, Progress(step + 1, trainer.position))
+    trainer.verifiers.close()
     if config.trainer.export:
         trainer.policy.model.export(folder / "export")
     if recorder is not None:
@@ -72,7 +73,11 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
         config=config,
         policy=policy,
         rollout=MegatronRolloutEngine(model, inputs.tokenizer, config.rollout),
-        reward=reward_by_name(config.data.reward),
+        verifiers=VerifierPool(
+            [config.data.reward, *(extra.name for extra in config.data.extra_rewards)],
+            workers=config.data.reward_workers,
+            timeout_seconds=config.data.reward_timeout,
+        ),
         train_data=inputs.train_data,
         eval_data=inputs.eval_data,
         boundary_ids=inputs.boundary_ids,

@@ -147,3 +147,27 @@ def test_fewer_key_value_heads_than_ranks(ranks: Callable[..., list[Any]], tiny_
         assert split_metrics == pytest.approx(metrics, rel=1e-4)
     original, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "two"))
     assert all(torch.equal(original[name], exported[name]) for name in original)
+
+
+def _shaped(config: RunConfig) -> tuple[dict[str, float], list[float], list[dict[str, str]]]:
+    trainer = trainer_of(config)
+    metrics, batch, _ = trainer.step()
+    trainer.verifiers.close()
+    assert batch.rewards is not None and batch.advantages is not None
+    parts = batch.reward_parts["tests.rewards.verifiers:answers_length"]
+    expected = batch.rewards + 0.5 * parts
+    groups = expected.view(-1, 4)
+    centred = (groups - groups.mean(dim=1, keepdim=True)).flatten()
+    torch.testing.assert_close(batch.advantages, centred, atol=1e-6, rtol=1e-6)
+    return metrics, batch.rewards.tolist(), trainer.failures
+
+
+def test_extra_rewards_shape_advantages_and_not_success(ranks: Callable[..., list[Any]]) -> None:
+    config = tiny_config(
+        "algo=dr_grpo",
+        'data.extra_rewards=[{name: "tests.rewards.verifiers:answers_length", weight: 0.5}]',
+        *LAYOUTS["TP2"],
+    )
+    for metrics, rewards, failures in ranks(2, _shaped, config):
+        assert set(rewards) <= {0.0, 1.0} and not failures
+        assert metrics["reward.exact_line"] == metrics["reward"] and metrics["verify.failures"] == 0

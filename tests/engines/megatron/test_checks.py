@@ -33,8 +33,11 @@ def problems(*overrides: str) -> str:
             "max_new_tokens=120: with the longest prompt of data.train, 13 tokens, that is 133",
         ),
         (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file"),
-        (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit or drop the line"),
-        (["data.reward=judge"], "data.reward='judge' is not known; use one of exact_line, math"),
+        (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit, drop the line, or set"),
+        (
+            ["data.reward=judge"],
+            "reward 'judge' is not known; use exact_line, math, or your own as package.module:function",
+        ),
         (["echorl.boundary=[99]"], r"echorl.boundary=[99]: ids [99] are outside the vocabulary of 36 entries"),
         (["model.path=/nowhere"], "model.path=/nowhere: no Hugging Face model can be read"),
     ],

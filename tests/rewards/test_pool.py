@@ -1,0 +1,57 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from echorl_nemo.rewards import Verdict, VerifierPool
+
+MISBEHAVE = "tests.rewards.verifiers:misbehave"
+
+
+def test_failures_are_verdicts_and_the_others_are_not_touched() -> None:
+    pool = VerifierPool([MISBEHAVE], workers=2, timeout_seconds=1.0)
+    responses = ["fine", "hang", "fine", "crash", "raise", "string", "nan", "print", "fine"]
+    start = time.monotonic()
+    verdicts = pool.score([(response, "right") for response in responses])[MISBEHAVE]
+    assert time.monotonic() - start < 60
+    pool.close()
+    assert [verdict.failure for verdict in verdicts] == [
+        "", "timed out after 1.0 s", "", "crashed with exit code 3", "raised KeyError: 'lost'",
+        "raised TypeError: returned '1.0', not a finite number", "raised TypeError: returned nan, not a finite number",
+        "", "",
+    ]  # fmt: skip
+    assert [verdict.reward for verdict in verdicts] == [0.0 if verdict.failure else 1.0 for verdict in verdicts]
+
+
+def test_several_verifiers_keep_their_order() -> None:
+    pool = VerifierPool(["math", "exact_line"], workers=1, timeout_seconds=30.0)
+    verdicts = pool.score([(r"\boxed{0.5}", "1/2"), ("A:1/2", "1/2"), ("A:3", "4")])
+    pool.close()
+    assert list(verdicts) == ["math", "exact_line"]
+    assert [verdict.reward for verdict in verdicts["exact_line"]] == [0.0, 1.0, 0.0]
+    assert verdicts["math"][0] == Verdict(1.0) and verdicts["math"][2].reward == 0.0
+
+
+def test_what_a_verifier_prints_is_no_output(tmp_path: object) -> None:
+    code = (
+        "from echorl_nemo.rewards import VerifierPool\n"
+        "if __name__ == '__main__':\n"
+        f"    pool = VerifierPool(['{MISBEHAVE}'], workers=1, timeout_seconds=30.0)\n"
+        f"    print(pool.score([('print', 'right')])['{MISBEHAVE}'][0].reward)\n"
+        "    pool.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "1.0\n" and "a verifier speaks" in done.stderr
+
+
+def test_instant_verifiers_start_no_process() -> None:
+    pool = VerifierPool(["exact_line"], workers=2, timeout_seconds=1.0)
+    assert pool.score([("A:3", "3")]) == {"exact_line": [Verdict(1.0)]}
+    assert pool._pool is None
+    pool.close()
+
+
+@pytest.mark.parametrize("count", [0])
+def test_no_pairs(count: int) -> None:
+    assert VerifierPool(["math"], workers=1, timeout_seconds=1.0).score([]) == {"math": []}

@@ -1,0 +1,27 @@
+"""Verifiers of a user who had a bad day; imported by worker processes."""
+
+import os
+import time
+
+NUMBER = 1
+
+
+def answers_length(response: str, answer: str) -> float:
+    return float(str(len(response)) == answer)
+
+
+def misbehave(response: str, answer: str) -> object:
+    match response:
+        case "hang":
+            time.sleep(600)
+        case "crash":
+            os._exit(3)
+        case "raise":
+            raise KeyError("lost")
+        case "print":
+            print("a verifier speaks")
+        case "string":
+            return "1.0"
+        case "nan":
+            return float("nan")
+    return float(answer == "right")
