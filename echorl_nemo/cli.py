@@ -1,4 +1,4 @@
-"""The command line: `echorl-nemo train` and `echorl-nemo report`."""
+"""The command line: `echorl-nemo train`, `evaluate` and `report`."""
 
 import argparse
 import sys
@@ -19,17 +19,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     train.add_argument("overrides", nargs="*", help="Hydra overrides: algo=dapo echorl.coef=0.3 parallel.tensor=2")
 
+    evaluate = commands.add_parser("evaluate", help="pass@1, pass@k and maj@k of a model on a data file or benchmark")
+    evaluate.add_argument("--config-name", default="evaluate", help="primary config, a file of conf/")
+    evaluate.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
+    evaluate.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    evaluate.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.add_argument("--out", type=Path, help="file to write (default: run_dir/report.html)")
 
     options, rest = parser.parse_known_args(arguments)
-    if strange := [argument for argument in rest if argument.startswith("-") or options.command != "train"]:
+    if strange := [argument for argument in rest if argument.startswith("-") or options.command == "report"]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:  # overrides after an option that came after others
         options.overrides += rest
     try:
-        return _train(options) if options.command == "train" else _report(options)
+        return {"train": _train, "evaluate": _evaluate, "report": _report}[options.command](options)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -38,13 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
+    from echorl_nemo.engines.megatron.config import RunConfig
     from echorl_nemo.engines.megatron.run import train
 
-    config = load_config(options.config_name, options.overrides, options.config_dir)
+    config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
     if options.cfg:
         print(to_yaml(config).rstrip())
         return 0
     return train(config, to_yaml(config))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from echorl_nemo.config import load_config, to_yaml
+    from echorl_nemo.engines.megatron.config import EvaluateConfig
+    from echorl_nemo.engines.megatron.run import evaluate
+
+    config = load_config(options.config_name, options.overrides, options.config_dir, schema=EvaluateConfig)
+    if options.cfg:
+        print(to_yaml(config).rstrip())
+        return 0
+    return evaluate(config)
 
 
 def _report(options: argparse.Namespace) -> int:

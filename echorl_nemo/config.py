@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -15,21 +15,26 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.config import EvaluateConfig, RunConfig
 from echorl_nemo.errors import UserError
 
 _CHECKOUT = Path(__file__).resolve().parents[1] / "conf"
 CONFIG_DIR = _CHECKOUT if _CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "echorl_nemo" / "conf"
 """`conf/` of a checkout, or where an installed package put it."""
 
-SCHEMA_NAME = "run_schema"
+SCHEMAS: dict[str, type] = {"run_schema": RunConfig, "evaluate_schema": EvaluateConfig}
 """What a primary config names first in its defaults list, so that every key is known and typed."""
 
-ConfigStore.instance().store(name=SCHEMA_NAME, node=RunConfig)
+for _name, _schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=_name, node=_schema)
+
+ConfigT = TypeVar("ConfigT", RunConfig, EvaluateConfig)
 
 
-def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> RunConfig:
-    """Compose the primary config ``name`` with Hydra ``overrides`` and check it against the dataclasses.
+def load_config(
+    name: str, overrides: Sequence[str] = (), config_dir: Path | None = None, *, schema: type[ConfigT]
+) -> ConfigT:
+    """Compose the primary config ``name`` with Hydra ``overrides`` and check it against the dataclasses of ``schema``.
 
     ``config_dir``: a folder of one's own, searched before the shipped `conf/`.
 
@@ -39,31 +44,32 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
     names = {path.stem: folder for folder in reversed(folders) for path in folder.glob("*.yaml")}
     if name not in names:
         raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
-    _check_override_keys(overrides, folders)
+    keys = known_keys(schema)
+    _check_override_keys(overrides, folders, keys)
     others = ",".join(f"file://{folder}" for folder in folders if folder != names[name])
-    search = [f"hydra.searchpath=[{others}]"] if others else []
+    search: list[str] = [f"hydra.searchpath=[{others}]"] if others else []
     try:
         with initialize_config_dir(str(names[name]), version_base="1.3"):
             composed = compose(name, overrides=[*overrides, *search])
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"config {name}: {', '.join(missing)} must be given, as {missing[0]}=... or in the file")
-        return cast(RunConfig, OmegaConf.to_object(merged))
+        return cast(ConfigT, OmegaConf.to_object(merged))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"config {name}: {_explain(error)}") from error
+        raise UserError(f"config {name}: {_explain(error, keys)}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {name}: not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # from a section's __post_init__, which names field, value and remedy
         raise UserError(str(error)) from error
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: RunConfig | EvaluateConfig) -> str:
     """The resolved configuration, as the run folder keeps it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def known_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
+def known_keys(schema: Any, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration."""
     keys = []
     for spec in fields(schema):
@@ -73,14 +79,13 @@ def known_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path]) -> None:
+def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path], keys: Sequence[str]) -> None:
     """Hydra advises `+key` for a key that it does not know; here that is never right, so say what is."""
     groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
-    keys = known_keys()
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise UserError(f"overrides {list(overrides)}: {_explain(error)}") from error
+        raise UserError(f"overrides {list(overrides)}: {_explain(error, keys)}") from error
     for override in parsed:
         key = override.key_or_group
         if key not in groups and key not in keys:
@@ -93,9 +98,8 @@ def nearest(key: str, keys: Sequence[str]) -> str:
     return f"did you mean {close[0]}?"
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, keys: Sequence[str]) -> str:
     """Hydra's and OmegaConf's own words on one line, with the nearest valid key where a key was not known."""
-    keys = known_keys()
     cause: BaseException | None = error
     where = ""
     while cause is not None:

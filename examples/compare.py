@@ -143,6 +143,7 @@ def _run(job: Job) -> dict[str, Any]:
             "parallel=single", "trainer.run_dir=/nonexistent", f"trainer.steps={steps}", f"trainer.seed={seed}",
             "trainer.eval_group_size=4", *REGIMES[regime], *ARMS[arm],
         ],
+        schema=RunConfig,
     )  # fmt: skip
     world_size(config)
     with tempfile.TemporaryDirectory() as rendezvous:

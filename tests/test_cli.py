@@ -78,3 +78,52 @@ def test_the_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 0.5}) + "\n")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").is_file()
+
+
+def test_evaluation_of_a_folder_and_of_a_checkpoint(in_repository: Path, tiny_chain: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join((tiny_chain / "eval.jsonl").read_text().splitlines(keepends=True)[:24]))
+    settings = [
+        f"model.path={tiny_chain / 'model'}", f"data.eval={problems}", "data.reward=exact_line", "evaluation.k=[1,2,4]",
+        "evaluation.samples=4", "rollout.max_new_tokens=60", "rollout.temperature=1", "rollout.top_p=1",
+        "parallel.device=cpu",
+    ]  # fmt: skip
+    out = tmp_path / "plain.json"
+    done = cli("evaluate", *settings, f"evaluation.out={out}", "parallel.tensor=2", cwd=in_repository)
+    assert done.returncode == 0, done.stderr
+    for word in ("24 problems x 4 rollouts", "pass@1", "pass@4", "maj@4"):
+        assert word in done.stdout
+    plain = json.loads(out.read_text())
+    detail = plain["problems_detail"]
+    assert plain["problems"] == len(detail) == 24
+    share = sum(map(sum, (row["correct"] for row in detail))) / 96
+    assert plain["scores"]["pass@1"]["value"] == pytest.approx(share, abs=1e-12) and 0.4 < share < 0.95
+    assert plain["scores"]["pass@4"]["value"] == sum(any(row["correct"]) for row in detail) / 24
+    assert plain["scores"]["pass@1"]["low"] < share < plain["scores"]["pass@1"]["high"]
+
+    run = tmp_path / "run"
+    trained = cli(
+        "train", "--config-name", "quickstart", "trainer.steps=6", f"trainer.run_dir={run}", "data.eval=null",
+        "parallel=single", "parallel.device=cpu", "trainer.export=false", "trainer.lr=1e-3", cwd=in_repository,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    out = tmp_path / "trained.json"
+    checkpoint = f"evaluation.checkpoint={run / 'checkpoints' / 'step-000006'}"
+    done = cli("evaluate", *settings, f"evaluation.out={out}", checkpoint, cwd=in_repository)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["scores"]["pass@1"]["value"] > share
+
+
+def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = f"model.path={tiny_chain / 'model'}"
+    for overrides, message in (
+        ([], "data.eval is null: name the problems, or choose a benchmark"),
+        (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] must lie in 1 to evaluation.samples=2"),
+        (
+            ["data.eval=nowhere.jsonl", "evaluation.checkpoint=/nowhere"],
+            "evaluation.checkpoint=/nowhere: no such folder",
+        ),
+        (["evaluation.sample=2"], "did you mean evaluation.samples?"),
+    ):
+        assert main(["evaluate", model, *overrides]) == 1
+        assert message in capsys.readouterr().err

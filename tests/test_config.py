@@ -4,6 +4,7 @@ import ast
 import configparser
 import inspect
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,28 @@ import yaml
 from echorl_nemo import echo, grpo
 from echorl_nemo.config import CONFIG_DIR, known_keys, load_config, to_yaml
 from echorl_nemo.data.prompts import DataConfig
-from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig, RunConfig, TrainerConfig
+from echorl_nemo.engines.megatron.config import (
+    EvaluateConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import LoggerConfig
 from echorl_nemo.rollout.engine import RolloutConfig
 
-GROUPS = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+FOLDERS = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+GROUPS = sorted(spec.name for spec in fields(RunConfig))
+BENCHMARKS = sorted(path.stem for path in (CONFIG_DIR / "benchmark").glob("*.yaml"))
+load = partial(load_config, schema=RunConfig)
+
 REQUIRED = ["model.path=some/model", "data.train=some/file.jsonl"]
 
 
 def test_the_groups_are_the_sections_of_the_schema() -> None:
-    assert sorted(spec.name for spec in fields(RunConfig)) == GROUPS
+    assert [folder for folder in FOLDERS if folder != "benchmark"] == GROUPS
 
 
 def test_an_installed_package_carries_every_group() -> None:
@@ -31,12 +43,21 @@ def test_an_installed_package_carries_every_group() -> None:
     installed = {
         target.removeprefix("share/echorl_nemo/conf"): files for target, files in setup["options.data_files"].items()
     }
-    assert installed == {"": "conf/*.yaml"} | {f"/{group}": f"conf/{group}/*.yaml" for group in GROUPS}
+    assert installed == {"": "conf/*.yaml"} | {f"/{group}": f"conf/{group}/*.yaml" for group in FOLDERS}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))
 def test_every_primary_config_parses(name: str) -> None:
-    assert isinstance(load_config(name, REQUIRED), RunConfig)
+    if name == "evaluate":
+        assert isinstance(load_config(name, REQUIRED[:1], schema=EvaluateConfig), EvaluateConfig)
+    else:
+        assert isinstance(load(name, REQUIRED), RunConfig)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_every_benchmark_parses(benchmark: str) -> None:
+    config = load_config("evaluate", [REQUIRED[0], f"benchmark={benchmark}"], schema=EvaluateConfig)
+    assert (config.data.eval is None) == (benchmark == "none")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +65,7 @@ def test_every_primary_config_parses(name: str) -> None:
     [(group, path.stem) for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))],
 )
 def test_every_option_of_every_group_parses(group: str, option: str) -> None:
-    config = load_config("train", [f"{group}={option}", *REQUIRED])
+    config = load("train", [f"{group}={option}", *REQUIRED])
     text = (CONFIG_DIR / group / f"{option}.yaml").read_text()
     for key, value in (yaml.safe_load(text) or {}).items():
         if key != "defaults" and not isinstance(value, str):
@@ -53,13 +74,13 @@ def test_every_option_of_every_group_parses(group: str, option: str) -> None:
 
 
 def test_overrides_reach_their_fields() -> None:
-    config = load_config("quickstart", ["algo=dapo", "echorl.coef=0.25", "parallel.tensor=2", "echorl.boundary=[3,4]"])
+    config = load("quickstart", ["algo=dapo", "echorl.coef=0.25", "parallel.tensor=2", "echorl.boundary=[3,4]"])
     assert (config.algo.clip_high, config.echorl.coef, config.parallel.tensor) == (0.28, 0.25, 2)
     assert list(config.echorl.boundary) == [3, 4]
 
 
 def test_the_papers_settings() -> None:
-    config = load_config("train", REQUIRED)
+    config = load("train", REQUIRED)
     assert (config.algo.estimator, config.algo.aggregation, config.algo.constant_length) == (
         "dr_grpo",
         "constant",
@@ -91,50 +112,50 @@ def test_the_papers_settings() -> None:
 )
 def test_what_is_not_known_is_fatal(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_config("quickstart", [override])
+        load("quickstart", [override])
 
 
 def test_missing_values_are_named() -> None:
     with pytest.raises(UserError, match="config train: data.train, model.path must be given"):
-        load_config("train")
+        load("train")
 
 
 def test_an_unknown_primary_config_names_those_that_exist() -> None:
-    with pytest.raises(UserError, match="--config-name=quick: no quick.yaml; there are quickstart, train"):
-        load_config("quick")
+    with pytest.raises(UserError, match="--config-name=quick: no quick.yaml; there are evaluate, quickstart, train"):
+        load("quick")
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [run_schema, quickstart, _self_]\nechorl: {coef: 0.125}\n")
-    assert load_config("mine", config_dir=tmp_path).echorl.coef == 0.125
+    assert load("mine", config_dir=tmp_path).echorl.coef == 0.125
     (tmp_path / "mine.yaml").write_text("defaults: [run_schema, quickstart, _self_]\nechorl: {coeff: 0.125}\n")
     with pytest.raises(UserError, match=r"echorl.coeff: no such key; did you mean echorl.coef\?"):
-        load_config("mine", config_dir=tmp_path)
+        load("mine", config_dir=tmp_path)
     (tmp_path / "mine.yaml").write_text("defaults: [run_schema, quickstart, _self_]\nechorl: {coef: much}\n")
     with pytest.raises(UserError, match=r"config mine: echorl.coef: .*'much' of type 'str' could not be converted"):
-        load_config("mine", config_dir=tmp_path)
+        load("mine", config_dir=tmp_path)
     (tmp_path / "mine.yaml").write_text("echorl: {coef: [\n")
     with pytest.raises(UserError, match="config mine: not YAML: "):
-        load_config("mine", config_dir=tmp_path)
+        load("mine", config_dir=tmp_path)
     (tmp_path / "echorl").mkdir()
     (tmp_path / "echorl" / "strong.yaml").write_text("coef: 7\n")
-    assert load_config("quickstart", ["echorl=strong"], config_dir=tmp_path).echorl.coef == 7
+    assert load("quickstart", ["echorl=strong"], config_dir=tmp_path).echorl.coef == 7
     (tmp_path / "mine.yaml").write_text("defaults: [quickstart, _self_]\nnew_section: {x: 1}\n")
     with pytest.raises(UserError, match="new_section: no such key"):
-        load_config("mine", config_dir=tmp_path)
+        load("mine", config_dir=tmp_path)
 
 
 def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
-    config = load_config("quickstart")
+    config = load("quickstart")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load_config("config", config_dir=tmp_path) == config
+    assert load("config", config_dir=tmp_path) == config
 
 
 @pytest.mark.parametrize(
     "section",
     [
         echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
-        LoggerConfig,
+        LoggerConfig, EvaluationConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_its_docstring(section: type) -> None:

@@ -51,7 +51,8 @@ class DataConfig:
     """Column of the reference answer: a text or a number."""
 
     prompt_template: str | None = None
-    """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`."""
+    """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`. `row` is
+    the whole row, for columns whose names are no words."""
 
     answer_template: str | None = None
     """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`."""
@@ -69,8 +70,8 @@ class DataConfig:
     """Leave out prompts that are longer. False stops the run before it starts."""
 
     reward: str = "math"
-    """Verifier that decides success: `math` (math-verify), `exact_line` (the final `A:` line), or a function of one's
-    own, `package.module:name`, of (response, answer)."""
+    """Verifier that decides success: `math` (math-verify), `exact_line` (the final `A:` line), `choice` (the letter of
+    a multiple choice), or a function of one's own, `package.module:name`, of (response, answer)."""
 
     extra_rewards: list[ExtraReward] = field(default_factory=list)
     """Further verifiers with their weights, `[{name: "my.module:style", weight: 0.1}]`: added to the reward that
@@ -228,6 +229,6 @@ def _template(environment: jinja2.Environment, text: str | None, field: str) -> 
 
 def _render(template: jinja2.Template, row: dict[str, Any], where: str, field: str) -> str:
     try:
-        return template.render(**row)
+        return template.render(**row, row=row)
     except (jinja2.UndefinedError, TypeError) as error:
         raise UserError(f"{where}: {field}: {error}; the row has {', '.join(row)}") from error

@@ -22,7 +22,8 @@ def step_line(step: int, steps: int, values: dict[str, float]) -> str:
     if "echorl.clips" in values:
         parts.append(
             f"clips {values['echorl.clips']:.0f} share {values['echorl.clip_share']:.2f} "
-            f"stop {values['echorl.stop_coverage']:.2f} loss {values['clip_loss']:.3f}"
+            f"stop {values['echorl.stop_coverage']:.2f} peak {values['echorl.relative_peak']:.2f} "
+            f"loss {values['clip_loss']:.3f}"
         )
     if values.get("verify.failures"):
         parts.append(f"{values['verify.failures']:.0f} verifier failures, see verifier_failures.jsonl")

@@ -1,5 +1,6 @@
 """The files of a run folder: metrics, rollouts, TensorBoard. Written by one rank."""
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.errors import UserError
+from echorl_nemo.report.trackers import trackers
 from echorl_nemo.rollout.batch import RolloutBatch
 
 CONFIG_FILE = "config.yaml"
@@ -27,6 +29,12 @@ class LoggerConfig:
     tensorboard: bool = True
     """Write TensorBoard events to `run_dir`/tensorboard."""
 
+    wandb_project: str | None = None
+    """Project of Weights & Biases to log to (needs the package wandb); null is off."""
+
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow to log to (needs the package mlflow); null is off."""
+
     rollouts_every: int = 10
     """Steps between those whose rollouts are kept; the first and the last step are always among them."""
 
@@ -41,6 +49,9 @@ class LoggerConfig:
             raise UserError(f"logger.rollouts_every={self.rollouts_every} must be at least 1")
         if self.rollouts < 0:
             raise UserError(f"logger.rollouts={self.rollouts} is negative; use 0 or more")
+        for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+            if getattr(self, field) is not None and importlib.util.find_spec(package) is None:
+                raise UserError(f"logger.{field}={getattr(self, field)}: the package {package} is not installed")
 
 
 class RunLogger:
@@ -52,19 +63,13 @@ class RunLogger:
         self.folder, self.config = folder, config
         for name in (METRICS_FILE, ROLLOUTS_FILE, FAILURES_FILE):
             _keep_lines(folder / name, lambda row: row["step"] < first_step)
-        self._board: Any = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._trackers = trackers(folder, config, first_step=first_step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics after training step ``step`` (from 0; -1 before the first)."""
         _append(self.folder / METRICS_FILE, [{"step": step, **values}])
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name.replace(".", "/"), value, step)
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.log(step, {name.replace(".", "/"): value for name, value in values.items()})
 
     def failures(self, step: int, failures: Iterable[dict[str, str]]) -> None:
         """Verifiers that gave no answer, each with its problem."""
@@ -83,8 +88,8 @@ class RunLogger:
         )
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,14 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("reward", {"reward": "training rollouts", "eval.accuracy": "held-out accuracy"}),
     ("share of groups", {"all_one": "all correct", "all_zero": "all wrong"}),
     ("entropy, nats", {"entropy": "mean over response tokens"}),
-    ("EchoClips", {"echorl.clip_share": "share of the response", "echorl.stop_coverage": "stop coverage"}),
+    (
+        "EchoClips",
+        {
+            "echorl.clip_share": "share of the response",
+            "echorl.stop_coverage": "stop coverage",
+            "echorl.relative_peak": "relative peak position",
+        },
+    ),
     ("response tokens", {"response_length": "mean"}),
     ("gradient norm", {"grad_norm": "before clipping"}),
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from echorl_nemo.report.console import RunConsole
+from echorl_nemo.report.diagnosis import stop_bias_warning
 from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig, RunLogger, read_lines
 from echorl_nemo.report.page import write_report
 from echorl_nemo.rollout.batch import RolloutBatch
@@ -20,6 +21,7 @@ class Recorder:
         (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
         self.console = RunConsole(steps, first_step=first_step, progress=config.progress)
         self.console.start()
+        self._history = [row for row in read_lines(folder / METRICS_FILE) if "reward" in row]
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """An evaluation outside a training step."""
@@ -41,6 +43,9 @@ class Recorder:
         if self.logger.keeps_rollouts(step, last=step == self.steps - 1):
             self.logger.rollouts(step, batch, step_ids, pieces)
         self.console.step(step, metrics)
+        self._history.append(metrics)
+        if warning := stop_bias_warning(self._history):
+            self.console.say(f"warning: {warning}")
         if "eval.accuracy" in metrics:
             self.console.evaluation(metrics)
 

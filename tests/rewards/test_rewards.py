@@ -42,7 +42,7 @@ def test_a_verifier_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("judge", "reward 'judge' is not known; use exact_line, math, or your own"),
+        ("judge", "reward 'judge' is not known; use exact_line, choice, math, or your own"),
         ("nowhere.at_all:x", "reward 'nowhere.at_all:x' cannot be imported: No module named 'nowhere'"),
         ("tests.rewards.verifiers:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
         ("tests.rewards.verifiers:NUMBER", "is no function"),

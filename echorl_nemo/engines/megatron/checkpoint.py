@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -51,6 +52,12 @@ def load(checkpoint: Path, policy: MegatronPolicy) -> Progress:
     policy.optimizer.load_state_dict(state["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
     return Progress(int(state["step"]), int(state["position"]))
+
+
+def load_weights(checkpoint: Path, model: PolicyModel) -> None:
+    """Load the weights alone into ``model``, without an optimizer."""
+    state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
+    model.module.load_state_dict(state["model"])
 
 
 def _state(policy: MegatronPolicy, progress: Progress, *, loading: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import boundary_ids
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.config import EvaluateConfig, ModelConfig, ParallelConfig, RunConfig
 from echorl_nemo.engines.megatron.launch import outer_world
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
@@ -28,7 +28,7 @@ class Inputs:
     boundary_ids: tuple[int, ...]
 
 
-def world_size(config: RunConfig) -> int:
+def world_size(config: RunConfig | EvaluateConfig) -> int:
     """Ranks of the run. Fills in `parallel.data`. Raises UserError if torchrun or srun started another number."""
     layout, outer = config.parallel, outer_world()
     replica = layout.tensor * layout.pipeline
@@ -46,8 +46,8 @@ def world_size(config: RunConfig) -> int:
 def check(config: RunConfig) -> Inputs:
     """Read tokenizer, model configuration and data, and raise UserError listing every problem of the run."""
     problems = arithmetic_problems(config)
-    hf_config = _hf_config(config)
-    problems += layout_problems(config, hf_config)
+    hf_config = _hf_config(config.model)
+    problems += layout_problems(config.parallel, hf_config)
     tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     train_data = eval_data = None
     boundaries: tuple[int, ...] = ()
@@ -69,12 +69,35 @@ def check(config: RunConfig) -> Inputs:
         problems.append(str(error))
     for name, prompts in (("data.train", train_data), ("data.eval", eval_data)):
         if prompts is not None:
-            problems += length_problems(config, hf_config, prompts, name)
+            problems += length_problems(config.rollout.max_new_tokens, hf_config, prompts, name)
     problems += run_dir_problems(config)
     if problems:
         raise UserError("\n".join(problems))
     assert train_data is not None
     return Inputs(tokenizer, train_data, eval_data, boundaries)
+
+
+def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
+    """Read tokenizer and problems, and raise UserError listing everything that is wrong with an evaluation."""
+    hf_config = _hf_config(config.model)
+    problems = layout_problems(config.parallel, hf_config)
+    tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    checkpoint = config.evaluation.checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        problems.append(f"evaluation.checkpoint={checkpoint}: no such folder")
+    data = None
+    try:
+        find_verifier(config.data.reward)
+        if config.data.eval is None:
+            raise UserError("data.eval is null: name the problems, or choose a benchmark (benchmark=gsm8k)")
+        data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval", split=config.data.eval_split)
+        problems += length_problems(config.rollout.max_new_tokens, hf_config, data, "data.eval")
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    assert data is not None
+    return tokenizer, data
 
 
 def run_dir_problems(config: RunConfig) -> list[str]:
@@ -123,9 +146,9 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def layout_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]:
+def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
     """What of the model does not divide by the parallel sizes."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor, pipeline = layout.tensor, layout.pipeline
     kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
     # fewer key-value heads than ranks are copied to several ranks
     if kv_heads % tensor and tensor % kv_heads:
@@ -148,22 +171,22 @@ def layout_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]
     ]
 
 
-def length_problems(config: RunConfig, hf_config: PretrainedConfig, data: PromptData, name: str) -> list[str]:
+def length_problems(budget: int, hf_config: PretrainedConfig, data: PromptData, name: str) -> list[str]:
     """Whether prompt and response fit the model's positions."""
     limit = getattr(hf_config, "max_position_embeddings", None)
-    longest = data.longest + config.rollout.max_new_tokens
+    longest = data.longest + budget
     if limit is not None and longest > limit:
         return [
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens}: with the longest prompt of {name}, "
+            f"rollout.max_new_tokens={budget}: with the longest prompt of {name}, "
             f"{data.longest} tokens, that is {longest}, the model has {limit} positions"
         ]
     return []
 
 
-def _hf_config(config: RunConfig) -> PretrainedConfig:
-    path = config.model.path
+def _hf_config(model: ModelConfig) -> PretrainedConfig:
+    path = model.path
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]}"

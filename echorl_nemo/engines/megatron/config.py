@@ -121,6 +121,53 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """How a model is evaluated on `data.eval`."""
+
+    samples: int = 8
+    """Rollouts of each problem."""
+
+    k: list[int] = field(default_factory=lambda: [1, 8])
+    """pass@k is reported for these; each at most `samples`."""
+
+    temperature: float | None = None
+    """Of the rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
+
+    checkpoint: str | None = None
+    """A checkpoint folder (`run_dir`/checkpoints/step-NNNNNN) of the model at `model.path`; null evaluates that one."""
+
+    resamples: int = 2000
+    """Draws of the bootstrap over problems."""
+
+    seed: int = 0
+    """Fixes rollouts and bootstrap."""
+
+    out: str = "evaluation.json"
+    """File of the scores, with the verdicts on each problem."""
+
+    timeout_minutes: int = 60
+    """How long a collective may wait for a rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "resamples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
+        if wrong := [k for k in self.k if not 1 <= k <= self.samples]:
+            raise UserError(f"evaluation.k={list(self.k)}: {wrong} must lie in 1 to evaluation.samples={self.samples}")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Everything an evaluation is made of."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is made of; one Hydra group of `conf/` each."""
 

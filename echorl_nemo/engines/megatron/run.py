@@ -7,8 +7,10 @@ from functools import partial
 
 from transformers.utils import logging as transformers_logging
 
-from echorl_nemo.engines.megatron.checks import Inputs, check, world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron.checks import Inputs, check, check_evaluation, world_size
+from echorl_nemo.engines.megatron.config import EvaluateConfig, RunConfig
 from echorl_nemo.engines.megatron.launch import launch
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 
@@ -25,19 +27,47 @@ def train(config: RunConfig, config_yaml: str) -> int:
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
-        partial(_run_rank, config, config_yaml, inputs, platform),
+        partial(_train_rank, config, config_yaml, inputs, platform),
         world,
         platform,
         timeout_minutes=config.trainer.timeout_minutes,
     )
 
 
-def _run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
+def evaluate(config: EvaluateConfig) -> int:
+    """Check what can be checked, start the ranks, evaluate. Returns an exit code; raises UserError like `train`."""
     quiet_libraries()
-    detect_platform(config.parallel.device)  # a spawned rank has none of the stand-ins of the process that started it
+    world = world_size(config)
+    tokenizer, data = check_evaluation(config)
+    platform = detect_platform(config.parallel.device)
+    import echorl_nemo.engines.megatron.evaluate  # noqa: F401  heavy: once, before ranks are forked
+
+    return launch(
+        partial(_evaluate_rank, config, tokenizer, data, platform),
+        world,
+        platform,
+        timeout_minutes=config.evaluation.timeout_minutes,
+    )
+
+
+def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
+    _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.worker import run_rank
 
     run_rank(config, config_yaml, inputs, platform)
+
+
+def _evaluate_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+    _prepare_rank(config.parallel.device)
+    from echorl_nemo.engines.megatron.evaluate import run_rank
+
+    run_rank(config, tokenizer, data, platform)
+
+
+def _prepare_rank(device: str) -> None:
+    """A spawned rank has none of the stand-ins and settings of the process that started it."""
+    quiet_libraries()
+    detect_platform(device)
 
 
 def quiet_libraries() -> None:

@@ -13,6 +13,7 @@ from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
+from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.grpo import (
     all_success_groups,
     counted_rollouts,
@@ -109,7 +110,7 @@ class Trainer:
         with self._timed("generate"):
             batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
         with self._timed("verify"):
-            self.verify(batch)
+            self.failures += verify_rollouts(batch, self.verifiers, self.parallel)
         return batch
 
     def score(self, batch: RolloutBatch) -> dict[str, float]:
@@ -154,20 +155,6 @@ class Trainer:
         batch.clip_mask = selection.mask
         return {f"echorl.{name}": value for name, value in selection.stats.items()}
 
-    def verify(self, batch: RolloutBatch) -> None:
-        """Fill in rewards and their parts; the ranks of the run share the work."""
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        mine = range(rank, len(batch), world)
-        verdicts = self.verifiers.score([(batch.responses[row], batch.answers[row]) for row in mine])
-        found = [(name, row, verdict) for name in verdicts for row, verdict in zip(mine, verdicts[name], strict=True)]
-        batch.reward_parts = {name: torch.zeros(len(batch)) for name in self.verifiers.names}
-        for name, row, verdict in self.parallel.share_objects(found):
-            batch.reward_parts[name][row] = verdict.reward
-            if verdict.failure:
-                about = {"prompt": batch.prompts[row], "answer": batch.answers[row]}
-                self.failures.append({**about, "verifier": name, "failure": verdict.failure})
-        batch.rewards = batch.reward_parts[self.verifiers.names[0]]
-
     def evaluate(self) -> dict[str, float]:
         """Sampled accuracy on the held-out prompts; empty if there are none."""
         if self.eval_data is None:
@@ -178,7 +165,7 @@ class Trainer:
             seed=self.config.trainer.seed + EVALUATION_SEED_OFFSET,
             temperature=self.config.trainer.eval_temperature,
         )
-        self.verify(batch)
+        verify_rollouts(batch, self.verifiers, self.parallel)
         assert batch.rewards is not None
         success = (batch.rewards >= self.config.echorl.success_reward) & batch.finished
         return {

@@ -45,6 +45,7 @@ def tiny_config(*overrides: str) -> RunConfig:
             f"rollout.group_size={GROUP_SIZE}",
             *overrides,
         ],
+        schema=RunConfig,
     )
 
 

@@ -36,7 +36,7 @@ def problems(*overrides: str) -> str:
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit, drop the line, or set"),
         (
             ["data.reward=judge"],
-            "reward 'judge' is not known; use exact_line, math, or your own as package.module:function",
+            "reward 'judge' is not known; use exact_line, choice, math, or your own as package.module:function",
         ),
         (["echorl.boundary=[99]"], r"echorl.boundary=[99]: ids [99] are outside the vocabulary of 36 entries"),
         (["model.path=/nowhere"], "model.path=/nowhere: no Hugging Face model can be read"),

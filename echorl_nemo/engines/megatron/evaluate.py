@@ -1,0 +1,96 @@
+"""Evaluation of a Hugging Face folder or a checkpoint on the problems of a data source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron import checkpoint
+from echorl_nemo.engines.megatron.config import EvaluateConfig
+from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
+from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.parallel import initialize
+from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.engines.megatron.verify import verify_rollouts
+from echorl_nemo.report.scores import Score, final_answer, score_problems
+from echorl_nemo.rewards import VerifierPool
+
+
+def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+    """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
+    settings = config.evaluation
+    parallel = initialize(
+        platform,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        seed=settings.seed,
+        timeout_minutes=settings.timeout_minutes,
+    )
+    model = build_model(config.model, config.parallel, parallel, platform)
+    if settings.checkpoint is not None:
+        checkpoint.load_weights(Path(settings.checkpoint), model)
+    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
+    batch = engine.generate(data.all(), settings.samples, seed=settings.seed, temperature=settings.temperature)
+    verifiers = VerifierPool(
+        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
+    )
+    failures = verify_rollouts(batch, verifiers, parallel)
+    verifiers.close()
+    if not parallel.main:
+        return
+    assert batch.rewards is not None
+    right = ((batch.rewards >= 1.0) & batch.finished).view(len(data), settings.samples)
+    answers = [final_answer(response) for response in batch.responses]
+    scores = score_problems(
+        right.tolist(),
+        [answers[start : start + settings.samples] for start in range(0, len(answers), settings.samples)],
+        settings.k,
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+    facts = {
+        "model": settings.checkpoint or config.model.path,
+        "data": config.data.eval,
+        "problems": len(data),
+        "samples": settings.samples,
+        "temperature": config.rollout.temperature if settings.temperature is None else settings.temperature,
+        "response_tokens": float(batch.response_lengths.float().mean()),
+        "truncated": float((~batch.finished).float().mean()),
+        "verifier_failures": len(failures),
+    }
+    rows = [
+        {"prompt": batch.prompts[i], "answer": batch.answers[i], "correct": right[i // settings.samples].tolist()}
+        for i in range(0, len(batch), settings.samples)
+    ]
+    _write(Path(settings.out), facts, scores, rows, failures)
+    _show(facts, scores, Path(settings.out))
+
+
+def _write(
+    path: Path, facts: dict[str, Any], scores: dict[str, Score], rows: list[dict[str, Any]], failures: list[Any]
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        **facts,
+        "scores": {name: score.as_dict() for name, score in scores.items()},
+        "problems_detail": rows,
+        "failures": failures,
+    }
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _show(facts: dict[str, Any], scores: dict[str, Score], path: Path) -> None:
+    title = f"{facts['model']} on {facts['data']}: {facts['problems']} problems x {facts['samples']} rollouts"
+    table = Table("", "mean", "95 %")
+    for name, score in scores.items():
+        table.add_row(name, f"{score.value:.4f}", f"{score.low:.4f} to {score.high:.4f}")
+    for name in ("response_tokens", "truncated", "verifier_failures"):
+        table.add_row(name.replace("_", " "), f"{facts[name]:.4g}", "")
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(str(path), markup=False, soft_wrap=True)

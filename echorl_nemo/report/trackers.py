@@ -1,0 +1,77 @@
+"""Experiment trackers, each through its own library, imported only where it is asked for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from echorl_nemo.report.logger import LoggerConfig
+
+
+class Tracker(Protocol):
+    """What is logged to."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Events in the run folder."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run named after its folder, which a resumed run goes on with."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        import wandb
+
+        name = folder.resolve().name
+        self._run: Any = wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step + 1)  # its steps start at 0, ours at -1
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run named after its folder."""
+
+    def __init__(self, folder: Path, experiment: str) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.set_experiment(experiment)
+        mlflow.start_run(run_name=folder.resolve().name)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._mlflow.log_metrics(values, step=step + 1)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def trackers(folder: Path, config: "LoggerConfig", *, first_step: int) -> list[Tracker]:
+    """Those that ``config`` asks for."""
+    found: list[Tracker] = []
+    if config.tensorboard:
+        found.append(TensorBoard(folder, first_step=first_step))
+    if config.wandb_project is not None:
+        found.append(WeightsAndBiases(folder, config.wandb_project))
+    if config.mlflow_experiment is not None:
+        found.append(MLflow(folder, config.mlflow_experiment))
+    return found
