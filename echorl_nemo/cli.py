@@ -1,4 +1,4 @@
-"""The command line: `echorl-nemo train`, `evaluate` and `report`."""
+"""The command line: `echorl-nemo train`, `evaluate`, `analyze` and `report`."""
 
 import argparse
 import sys
@@ -19,11 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     train.add_argument("overrides", nargs="*", help="Hydra overrides: algo=dapo echorl.coef=0.3 parallel.tensor=2")
 
-    evaluate = commands.add_parser("evaluate", help="pass@1, pass@k and maj@k of a model on a data file or benchmark")
-    evaluate.add_argument("--config-name", default="evaluate", help="primary config, a file of conf/")
-    evaluate.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
-    evaluate.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
-    evaluate.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
+    for name, what in (
+        ("evaluate", "pass@1, pass@k and maj@k of a model on a data file or benchmark"),
+        ("analyze", "step-entropy profiles of golden solutions, right and wrong rollouts"),
+    ):
+        examine = commands.add_parser(name, help=what)
+        examine.add_argument("--config-name", default="evaluate", help="primary config, a file of conf/")
+        examine.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
+        examine.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+        examine.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
 
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides after an option that came after others
         options.overrides += rest
     try:
-        return {"train": _train, "evaluate": _evaluate, "report": _report}[options.command](options)
+        return {"train": _train, "evaluate": _examine, "analyze": _examine, "report": _report}[options.command](options)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -54,16 +58,16 @@ def _train(options: argparse.Namespace) -> int:
     return train(config, to_yaml(config))
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _examine(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
     from echorl_nemo.engines.megatron.config import EvaluateConfig
-    from echorl_nemo.engines.megatron.run import evaluate
+    from echorl_nemo.engines.megatron.run import analyze, evaluate
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=EvaluateConfig)
     if options.cfg:
         print(to_yaml(config).rstrip())
         return 0
-    return evaluate(config)
+    return evaluate(config) if options.command == "evaluate" else analyze(config)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -127,3 +127,20 @@ def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest
     ):
         assert main(["evaluate", model, *overrides]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_analysis_of_golden_solutions_and_rollouts(in_repository: Path, tiny_chain: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join((tiny_chain / "eval.jsonl").read_text().splitlines(keepends=True)[:16]))
+    done = cli(
+        "analyze", f"model.path={tiny_chain / 'model'}", f"data.eval={problems}", "data.reward=exact_line",
+        "evaluation.samples=8", "evaluation.micro_batch_size=16", "rollout.max_new_tokens=60", "rollout.temperature=1",
+        f"analysis.out={tmp_path / 'look'}", "parallel.device=cpu", "parallel.tensor=2", cwd=in_repository,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    profiles = json.loads((tmp_path / "look.json").read_text())["profiles"]
+    counts = {name: values["responses"] for name, values in profiles.items()}
+    assert counts["golden solutions"] == 16 and counts["right rollouts"] + counts["wrong rollouts"] == 128
+    # a wrong line is likelier where the model is uncertain
+    assert profiles["wrong rollouts"]["peak_height"]["50%"] > profiles["right rollouts"]["peak_height"]["50%"]
+    assert (tmp_path / "look.png").is_file()

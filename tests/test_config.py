@@ -14,6 +14,7 @@ from echorl_nemo import echo, grpo
 from echorl_nemo.config import CONFIG_DIR, known_keys, load_config, to_yaml
 from echorl_nemo.data.prompts import DataConfig
 from echorl_nemo.engines.megatron.config import (
+    AnalysisConfig,
     EvaluateConfig,
     EvaluationConfig,
     ModelConfig,
@@ -155,7 +156,7 @@ def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
     "section",
     [
         echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
-        LoggerConfig, EvaluationConfig,
+        LoggerConfig, EvaluationConfig, AnalysisConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_its_docstring(section: type) -> None:

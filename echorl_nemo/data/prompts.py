@@ -50,6 +50,9 @@ class DataConfig:
     answer_key: str = "answer"
     """Column of the reference answer: a text or a number."""
 
+    solution_key: str = "solution"
+    """Column of a golden solution, for `echorl-nemo analyze`; used where every row has one."""
+
     prompt_template: str | None = None
     """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`. `row` is
     the whole row, for columns whose names are no words."""
@@ -112,6 +115,7 @@ class PromptData:
         self._tokens: list[tuple[int, ...]] = []
         self._texts: list[str] = []
         self._answers: list[str] = []
+        solutions: list[Any] = []
         dropped = 0
         reader = _RowReader(config, tokenizer)
         for where, row in read_rows(source, subset=config.subset, split=split, field=field):
@@ -129,6 +133,9 @@ class PromptData:
             self._tokens.append(tokens)
             self._texts.append(text)
             self._answers.append(answer)
+            solutions.append(row.get(config.solution_key))
+        self.solutions: list[str] = solutions if all(isinstance(s, str) and s for s in solutions) else []
+        """A golden solution of each prompt, or none at all."""
         if not self._tokens:
             raise UserError(f"{field}={source} holds no prompt ({dropped} were longer than data.max_prompt_tokens)")
         if dropped:

@@ -50,7 +50,8 @@ class LoggerConfig:
         if self.rollouts < 0:
             raise UserError(f"logger.rollouts={self.rollouts} is negative; use 0 or more")
         for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
-            if getattr(self, field) is not None and importlib.util.find_spec(package) is None:
+            spec = importlib.util.find_spec(package)
+            if getattr(self, field) is not None and (spec is None or spec.origin is None):  # no more than a stand-in
                 raise UserError(f"logger.{field}={getattr(self, field)}: the package {package} is not installed")
 
 

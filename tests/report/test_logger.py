@@ -68,7 +68,7 @@ class _Calls(types.ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.calls: list[tuple[str, Any]] = []
-        self.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
+        self.__spec__ = types.SimpleNamespace(name=name, origin=name)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

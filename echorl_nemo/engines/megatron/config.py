@@ -1,11 +1,13 @@
 """The configuration of a run on the native engine."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from echorl_nemo.data.prompts import DataConfig
 from echorl_nemo.echo import EchoRLConfig
+from echorl_nemo.echo.config import STEP_REDUCTIONS
 from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import AlgoConfig
 from echorl_nemo.report.logger import LoggerConfig
@@ -136,6 +138,9 @@ class EvaluationConfig:
     checkpoint: str | None = None
     """A checkpoint folder (`run_dir`/checkpoints/step-NNNNNN) of the model at `model.path`; null evaluates that one."""
 
+    micro_batch_size: int = 1
+    """Rollouts in one forward of `echorl-nemo analyze`."""
+
     resamples: int = 2000
     """Draws of the bootstrap over problems."""
 
@@ -157,6 +162,24 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class AnalysisConfig:
+    """Step-entropy profiles, `echorl-nemo analyze`."""
+
+    boundary: Any = "newline"
+    """Tokens that end a step, as `echorl.boundary`."""
+
+    step_reduction: str = "mean"
+    """How token entropies make a step's entropy: `mean`, `max` or `sum`."""
+
+    out: str = "analysis"
+    """Files of the profiles: this with .json and .png."""
+
+    def __post_init__(self) -> None:
+        if self.step_reduction not in STEP_REDUCTIONS:
+            raise UserError(f"analysis.step_reduction={self.step_reduction!r}: use one of {', '.join(STEP_REDUCTIONS)}")
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """Everything an evaluation is made of."""
 
@@ -165,6 +188,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
 
 
 @dataclass(kw_only=True)

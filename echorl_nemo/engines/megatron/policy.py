@@ -1,10 +1,10 @@
-"""The policy: scores rollouts, and learns from them.
+"""The policy: a scorer that learns from the rollouts.
 
-Shapes: N rollouts, S positions, B rollouts of a micro-batch, v vocabulary columns of this tensor-parallel rank.
+Shapes: N rollouts, S positions, v vocabulary columns of this tensor-parallel rank.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,14 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from echorl_nemo.echo import EchoRLConfig, clip_denominator, clip_loss
 from echorl_nemo.engines.megatron.config import TrainerConfig
 from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
-from echorl_nemo.ops import logprob_and_entropy
-from echorl_nemo.rollout.batch import RolloutBatch, concatenate, pad_columns
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 
 METRICS = (
     "loss",
@@ -45,8 +44,8 @@ class StepCounts:
     """Z of the clip loss."""
 
 
-class MegatronPolicy:
-    """A Megatron-Core model with its optimizer. Every rank calls every method with the same whole batch."""
+class MegatronPolicy(MegatronScorer):
+    """A Megatron-Core model with its optimizer."""
 
     def __init__(
         self,
@@ -59,8 +58,8 @@ class MegatronPolicy:
         optimizer_steps: int,
     ) -> None:
         """``optimizer_steps``: of the whole run, for the learning-rate schedule."""
-        self.model, self.parallel = model, model.parallel
-        self.algo, self.echorl, self.trainer, self.temperature = algo, echorl, trainer, temperature
+        super().__init__(model, temperature=temperature, micro_batch_size=trainer.micro_batch_size)
+        self.algo, self.echorl, self.trainer = algo, echorl, trainer
         self._reference: list[Tensor] | None = None  # in host memory, swapped in where it scores
         if algo.kl_coef:
             self._reference = [weight.data.cpu().clone() for weight in model.module.parameters()]
@@ -83,24 +82,6 @@ class MegatronPolicy:
         )
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize_without_rescaling
-        self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
-
-    def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs of the response tokens and exact entropies, each [N, S] float32 nats, from the same logits."""
-        own = list(self.parallel.my_share(len(batch)))
-        self.model.ddp.eval()
-        with torch.no_grad():
-            rows = own + [0] * self._filling(len(own))
-            scored = self._run(batch, self._micro_batches(rows), self._score_logits, forward_only=True)
-        width = batch.tokens.shape[1]
-        flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(rows), width), torch.float32)
-        table = table[:, : len(own)].cpu()
-        result = torch.zeros(2, len(batch), width)
-        for rows, values in self.parallel.share_over_replicas((own, table)):
-            result[:, rows] = values
-        result *= batch.response_mask
-        return result[0], result[1]
 
     def score_reference(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the response tokens under the reference policy, [N, S] float32 nats."""
@@ -118,7 +99,8 @@ class MegatronPolicy:
         """One optimizer step on each mini-batch of whole groups; returns the means of their metrics."""
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
-        steps = [self._optimizer_step(batch, groups[part::count]) for part in range(count)]
+        # dynamic sampling may leave fewer groups than there are optimizer steps
+        steps = [self._optimizer_step(batch, part) for n in range(count) if (part := groups[n::count])]
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
@@ -161,50 +143,13 @@ class MegatronPolicy:
         )
         return StepCounts(totals, float(clip))
 
-    def _filling(self, rows: int) -> int:
-        """Rows that fill a replica's last micro-batch: pipeline stages exchange micro-batches of one shape, and a
-        replica without any rollout still takes part in every collective."""
-        return -rows % self.trainer.micro_batch_size if rows else self.trainer.micro_batch_size
-
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
-        size = self.trainer.micro_batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def _run(
-        self,
-        batch: RolloutBatch,
-        micro_rows: list[list[int]],
-        use_logits: Callable[[Tensor, RolloutBatch], Any],
-        *,
-        forward_only: bool,
-    ) -> list[Any]:
-        """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
-
-        def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
-            micro = _on_device(batch, next(rows), self.parallel.device)
-            positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-            output = module(micro.tokens, positions, None, **self.model.call_options)
-            return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
-
-        return self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_rows),
-            model=[self.model.ddp],
-            num_microbatches=len(micro_rows),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=len(micro_rows[0]),
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-
-    def _score_logits(self, logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor]:
-        return self._token_statistics(logits, micro, train=False)
-
     def _loss_of_logits(self, counts: StepCounts) -> Callable[[Tensor, RolloutBatch], tuple[Tensor, Tensor, Tensor]]:
         """The objective: policy loss, less the entropy bonus, plus coef times the clip loss; one backward for all."""
 
         def loss_of_logits(logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs, entropies = self._token_statistics(logits, micro, train=True)
+            logprobs, entropies = self._token_statistics(
+                logits, micro, train=True, entropy_grad=self.algo.entropy_coef > 0
+            )
             assert micro.old_logprobs is not None and micro.advantages is not None and micro.counted is not None
             outputs = policy_loss(
                 LossInputs(
@@ -230,39 +175,11 @@ class MegatronPolicy:
 
         return loss_of_logits
 
-    def _token_statistics(self, logits: Tensor, micro: RolloutBatch, *, train: bool) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, each [B, S] and aligned to the token they speak of; ``logits`` [B, S, v]."""
-        logprobs, entropies = logprob_and_entropy(
-            logits,
-            micro.tokens.roll(-1, dims=1),  # position t's logits produced token t + 1; the last one's are not used
-            group=self.parallel.tensor_group,
-            temperature=self.temperature,
-            entropy_grad=train and self.algo.entropy_coef > 0,
-            inplace_backward=train,
-        )
-        # one column to the right; where() rather than a product, since 0 * -inf is NaN
-        aligned = [torch.nn.functional.pad(values[:, :-1], (1, 0)) for values in (logprobs, entropies)]
-        return (
-            torch.where(micro.response_mask, aligned[0], 0.0),
-            torch.where(micro.response_mask, aligned[1], 0.0),
-        )
-
     def _sum_reports(self, reports: list[Tensor]) -> dict[str, float]:
         total = torch.stack(reports).sum(dim=0) if reports and self.parallel.last_stage else None
         total = self.parallel.broadcast_from_last_stage(total, (len(METRICS),), torch.float64)
         dist.all_reduce(total, group=self.parallel.data_group)
         return dict(zip(METRICS, total.tolist(), strict=True))
-
-
-def _on_device(batch: RolloutBatch, rows: list[int], device: torch.device) -> RolloutBatch:
-    """The rollouts ``rows`` on the device, at the whole batch's width: a pipeline's micro-batches have one shape."""
-    micro = batch.select(rows)
-    width = batch.tokens.shape[1]
-    for name, value in vars(micro).items():
-        if isinstance(value, Tensor):
-            value = pad_columns(value, width) if value.dim() == 2 else value
-            setattr(micro, name, value.to(device, non_blocking=True))
-    return micro
 
 
 def _without_loss(batch: RolloutBatch) -> RolloutBatch:

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 from transformers.utils import logging as transformers_logging
@@ -36,14 +37,24 @@ def train(config: RunConfig, config_yaml: str) -> int:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Check what can be checked, start the ranks, evaluate. Returns an exit code; raises UserError like `train`."""
+    return _examine(config, _evaluate_rank)
+
+
+def analyze(config: EvaluateConfig) -> int:
+    """Like `evaluate`, for step-entropy profiles."""
+    return _examine(config, _analyze_rank)
+
+
+def _examine(config: EvaluateConfig, rank: Callable[..., None]) -> int:
     quiet_libraries()
     world = world_size(config)
     tokenizer, data = check_evaluation(config)
     platform = detect_platform(config.parallel.device)
+    import echorl_nemo.engines.megatron.analyze
     import echorl_nemo.engines.megatron.evaluate  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
-        partial(_evaluate_rank, config, tokenizer, data, platform),
+        partial(rank, config, tokenizer, data, platform),
         world,
         platform,
         timeout_minutes=config.evaluation.timeout_minutes,
@@ -60,6 +71,13 @@ def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: P
 def _evaluate_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.evaluate import run_rank
+
+    run_rank(config, tokenizer, data, platform)
+
+
+def _analyze_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+    _prepare_rank(config.parallel.device)
+    from echorl_nemo.engines.megatron.analyze import run_rank
 
     run_rank(config, tokenizer, data, platform)
 

@@ -1,0 +1,89 @@
+"""The paper's motivating look: step-entropy profiles of golden solutions, of right and of wrong rollouts."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.echo import boundary_ids, segment_steps
+from echorl_nemo.engines.megatron import checkpoint
+from echorl_nemo.engines.megatron.config import EvaluateConfig
+from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
+from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.parallel import initialize
+from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.engines.megatron.scorer import MegatronScorer
+from echorl_nemo.engines.megatron.verify import verify_rollouts
+from echorl_nemo.report.profiles import draw, profile
+from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rollout.batch import RolloutBatch
+
+
+def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+    """Score golden solutions and fresh rollouts; the main rank writes `analysis.out` (.json and .png)."""
+    settings = config.evaluation
+    parallel = initialize(
+        platform,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        seed=settings.seed,
+        timeout_minutes=settings.timeout_minutes,
+    )
+    model = build_model(config.model, config.parallel, parallel, platform)
+    if settings.checkpoint is not None:
+        checkpoint.load_weights(Path(settings.checkpoint), model)
+    scorer = MegatronScorer(model, temperature=config.rollout.temperature, micro_batch_size=settings.micro_batch_size)
+    ends = boundary_ids(tokenizer, config.analysis.boundary)
+    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
+    rollouts = engine.generate(data.all(), settings.samples, seed=settings.seed)
+    verifiers = VerifierPool(
+        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
+    )
+    verify_rollouts(rollouts, verifiers, parallel)
+    verifiers.close()
+    assert rollouts.rewards is not None
+    right = (rollouts.rewards >= 1.0) & rollouts.finished
+    kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
+    kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
+    if data.solutions:
+        kinds = {"golden solutions": golden_batch(data, tokenizer), **kinds}
+    profiles = {}
+    for name, batch in kinds.items():
+        if len(batch):
+            _, entropies = scorer.score(batch)
+            steps = segment_steps(batch.tokens, batch.response_mask, ends)
+            profiles[name] = profile(entropies, steps, reduction=config.analysis.step_reduction)
+    if not parallel.main:
+        return
+    out = Path(config.analysis.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"model": settings.checkpoint or config.model.path, "data": config.data.eval, "profiles": profiles}
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    draw(profiles, out.with_suffix(".png"))
+    for name, values in profiles.items():
+        peaks = values.get("peak_height", {})
+        print(f"{name}: {values['responses']} responses, median peak {peaks.get('50%', 0.0):.3f} nats")
+    print(f"{out.with_suffix('.json')}\n{out.with_suffix('.png')}")
+
+
+def golden_batch(data: PromptData, tokenizer: Tokenizer) -> RolloutBatch:
+    """The data's solutions as if they had been rolled out, each closed with the end of sequence."""
+    prompts = data.all()
+    responses = [
+        [*tokenizer.encode(solution, rendered=True), int(tokenizer.hf.eos_token_id)] for solution in data.solutions
+    ]
+    lengths = torch.tensor([len(p.tokens) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    tokens = torch.full((len(prompts), int(lengths.max())), tokenizer.pad_id)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[row, : lengths[row]] = torch.tensor([*prompt.tokens, *response])
+        mask[row, len(prompt.tokens) : lengths[row]] = True
+    return RolloutBatch(
+        tokens=tokens,
+        response_mask=mask,
+        lengths=lengths,
+        finished=torch.ones(len(prompts), dtype=torch.bool),
+        group_ids=torch.arange(len(prompts)),
+    )
