@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         examine.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
         examine.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
 
-    report = commands.add_parser("report", help="write report.html of a run folder")
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--out", type=Path, help="file to write (default: run_dir/report.html)")
+    report = commands.add_parser("report", help="write report.html of one or more run folders")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir")
+    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first folder)")
 
     options, rest = parser.parse_known_args(arguments)
     if strange := [argument for argument in rest if argument.startswith("-") or options.command == "report"]:
@@ -74,7 +74,7 @@ def _report(options: argparse.Namespace) -> int:
     from echorl_nemo.report.logger import REPORT_FILE
     from echorl_nemo.report.page import write_report
 
-    path = options.out or options.run_dir / REPORT_FILE
-    write_report(options.run_dir, path)
+    path = options.out or options.run_dirs[0] / REPORT_FILE
+    write_report(options.run_dirs, path)
     print(path)
     return 0

@@ -35,7 +35,7 @@ def test_a_run_from_start_to_report(in_repository: Path, tmp_path: Path) -> None
     assert [("eval.accuracy" in row) for row in metrics] == [True, False, True, True]
     assert metrics[1]["rollout.logprob_gap"] < 1e-5 and metrics[1]["rollout.entropy_gap"] < 1e-4
     rollouts = read_lines(run / "rollouts.jsonl")
-    assert sorted({row["step"] for row in rollouts}) == [0, 2] and len(rollouts) == 8
+    assert sorted({row["step"] for row in rollouts}) == [0, 2] and len(rollouts) == 2 * 4 * 4
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["steps"] == 3
     assert list((run / "tensorboard").glob("events*"))
     assert (run / "checkpoints" / "step-000003").is_dir()

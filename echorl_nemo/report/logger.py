@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from echorl_nemo.errors import UserError
@@ -38,8 +37,8 @@ class LoggerConfig:
     rollouts_every: int = 10
     """Steps between those whose rollouts are kept; the first and the last step are always among them."""
 
-    rollouts: int = 4
-    """Rollouts kept of such a step, each of another group."""
+    groups: int = 4
+    """Groups kept of such a step, with all their rollouts."""
 
     progress: bool = True
     """Show a progress bar, on a terminal."""
@@ -47,8 +46,8 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         if self.rollouts_every < 1:
             raise UserError(f"logger.rollouts_every={self.rollouts_every} must be at least 1")
-        if self.rollouts < 0:
-            raise UserError(f"logger.rollouts={self.rollouts} is negative; use 0 or more")
+        if self.groups < 0:
+            raise UserError(f"logger.groups={self.groups} is negative; use 0 or more")
         for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
             spec = importlib.util.find_spec(package)
             if getattr(self, field) is not None and (spec is None or spec.origin is None):  # no more than a stand-in
@@ -82,11 +81,10 @@ class RunLogger:
     def rollouts(
         self, step: int, batch: RolloutBatch, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
     ) -> None:
-        """Keep one rollout of each of the first groups: one with a clip where the group has any."""
-        _append(
-            self.folder / ROLLOUTS_FILE,
-            [_record(step, batch, row, step_ids, pieces) for row in _rows_to_keep(batch, self.config.rollouts)],
-        )
+        """Keep the rollouts of the first groups."""
+        groups = list(dict.fromkeys(batch.group_ids.tolist()))[: self.config.groups]
+        rows = [row for row, group in enumerate(batch.group_ids.tolist()) if group in groups]
+        _append(self.folder / ROLLOUTS_FILE, [_record(step, batch, row, step_ids, pieces) for row in rows])
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -104,17 +102,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def _rows_to_keep(batch: RolloutBatch, count: int) -> list[int]:
-    has_clip = batch.clip_mask.any(dim=1) if batch.clip_mask is not None else torch.zeros(len(batch), dtype=torch.bool)
-    kept: dict[int, int] = {}
-    for row, group in enumerate(batch.group_ids.tolist()):
-        if group not in kept and len(kept) == count:
-            continue
-        if group not in kept or (has_clip[row] and not has_clip[kept[group]]):
-            kept[group] = row
-    return list(kept.values())
-
-
 def _record(
     step: int, batch: RolloutBatch, row: int, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
 ) -> dict[str, Any]:
@@ -129,6 +116,7 @@ def _record(
         "prompt": batch.prompts[row],
         "answer": batch.answers[row],
         "reward": float(batch.rewards[row]) if batch.rewards is not None else None,
+        "reward_parts": {name: float(part[row]) for name, part in batch.reward_parts.items()},
         "advantage": float(batch.advantages[row]) if batch.advantages is not None else None,
         "finished": bool(batch.finished[row]),
         "tokens": pieces(response(batch.tokens)),

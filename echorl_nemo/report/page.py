@@ -1,6 +1,7 @@
-"""report.html: one static file with the run's curves and a few of its rollouts."""
+"""report.html: one static file with the curves of one or more runs and a browser of their rollouts."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from echorl_nemo.errors import UserError
+from echorl_nemo.report.diagnosis import WINDOW, stop_bias_warning
 from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, read_lines
+
+TEMPLATE = Path(__file__).with_name("template.html")
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("reward", {"reward": "training rollouts", "eval.accuracy": "held-out accuracy"}),
@@ -32,118 +36,126 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 FULL_SHADE_NATS = 1.5
 """Entropy at which a token's shade is full."""
 
+BINS = 10
 
-def write_report(folder: Path, path: Path) -> None:
-    """Write the report of the run in ``folder`` to ``path``. Raises UserError if the folder holds no metrics."""
-    metrics = read_lines(folder / METRICS_FILE)
-    if not metrics:
-        raise UserError(f"{folder / METRICS_FILE}: no metrics; is {folder} the folder of a run?")
-    config = (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else ""
-    page = (
-        Environment(autoescape=True)
-        .from_string(_TEMPLATE)
-        .render(
-            name=folder.resolve().name,
-            steps=max(row["step"] for row in metrics) + 1,
-            charts=[_chart(title, series, metrics) for title, series in CURVES],
-            rollouts=[_rollout(record) for record in read_lines(folder / ROLLOUTS_FILE)],
-            shade=FULL_SHADE_NATS,
-            config=config,
-        )
+Run = tuple[str, list[dict[str, Any]]]
+"""(name, lines of a file of the run folder)."""
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Write the report of the runs in ``folders`` to ``path``. Raises UserError if one holds no metrics."""
+    names = _names(folders)
+    metrics: list[Run] = []
+    for name, folder in zip(names, folders, strict=True):
+        rows = read_lines(folder / METRICS_FILE)
+        if not rows:
+            raise UserError(f"{folder / METRICS_FILE}: no metrics; is {folder} the folder of a run?")
+        metrics.append((name, rows))
+    rollouts = [(name, read_lines(folder / ROLLOUTS_FILE)) for name, folder in zip(names, folders, strict=True)]
+    configs = [
+        (name, (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else "")
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    groups = [group for name, records in rollouts for group in group_records(name, records)]
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(
+        names=names,
+        warnings=[warning for name, rows in metrics if (warning := _warning(name, rows))],
+        charts=[_chart(title, series, metrics) for title, series in CURVES] + _peak_charts(rollouts),
+        # "<" would let a rollout's text end the script element
+        data=json.dumps(groups, ensure_ascii=False).replace("<", "\\u003c"),
+        shade=FULL_SHADE_NATS,
+        configs=configs,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _chart(title: str, series: dict[str, str], metrics: Sequence[dict[str, Any]]) -> str:
-    """One chart as inline SVG; text stays text, and its colour that of the page."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        for name, label in series.items():
-            points = [(row["step"] + 1, row[name]) for row in metrics if name in row]
+def group_records(run: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kept rollouts of a run by group: `pattern` (all right, mixed, all wrong), `marks` (how many of them are
+    right), `peak` (highest step mean, nats) and the rollouts."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for record in records:
+        rollout = {**record, "clip": record["clip"] or [0] * len(record["tokens"])}
+        groups.setdefault((record["step"], record["group"]), []).append(rollout)
+    made = []
+    for (step, _), rollouts in groups.items():
+        right = sum(rollout["reward"] >= 1.0 for rollout in rollouts)
+        pattern = "all right" if right == len(rollouts) else "mixed" if right else "all wrong"
+        peak = max((max(_step_means(rollout), default=0.0) for rollout in rollouts), default=0.0)
+        marks = f"{right} of {len(rollouts)} right"
+        made.append({"run": run, "step": step, "pattern": pattern, "marks": marks, "peak": peak, "rollouts": rollouts})
+    return made
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names; their whole paths where two are called alike."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _warning(name: str, rows: list[dict[str, Any]]) -> str:
+    steps = [row for row in rows if "response_length" in row]
+    warning = stop_bias_warning(steps[: len(steps) // WINDOW * WINDOW])
+    return f"{name}: {warning}" if warning else ""
+
+
+def _step_means(rollout: dict[str, Any]) -> list[float]:
+    sums: dict[int, list[float]] = {}
+    for entropy, step in zip(rollout["entropies"], rollout["steps"], strict=True):
+        sums.setdefault(step, []).append(entropy)
+    return [sum(values) / len(values) for values in sums.values()]
+
+
+def _chart(title: str, series: dict[str, str], runs: Sequence[Run]) -> str:
+    """Curves over steps: a colour for each metric, or for each run where there are several, then a dash each metric."""
+    figure, axes = _figure(title, "step")
+    for number, (run, rows) in enumerate(runs):
+        for order, (name, label) in enumerate(series.items()):
+            points = [(row["step"] + 1, row[name]) for row in rows if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="o" if name.startswith("eval") else None)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
+                several = len(runs) > 1
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=f"{run}: {label}" if several else label,
+                    color=f"C{number if several else order}",
+                    linestyle=("-", "--", ":")[order] if several else "-",
+                    marker="o" if name.startswith("eval") else None,
+                )
+    return _svg(figure, axes)
+
+
+def _peak_charts(runs: Sequence[Run]) -> list[str]:
+    """Where the peaks of the kept responses lie, and on which of their lines."""
+    position, position_axes = _figure("where peaks lie", "relative position among the response's steps")
+    line, line_axes = _figure("on which line peaks fall", "line of the response")
+    for run, records in runs:
+        means = [found for record in records if (found := _step_means(record))]
+        peaks = [(values.index(max(values)), len(values)) for values in means]
+        label = run if len(runs) > 1 else None
+        places = [(peak + 0.5) / count for peak, count in peaks]
+        position_axes.hist(places, bins=BINS, range=(0, 1), histtype="step", label=label)
+        lines = [peak + 1 for peak, _ in peaks]
+        line_axes.hist(lines, bins=[n + 0.5 for n in range(max(lines, default=1) + 1)], histtype="step", label=label)
+    return [_svg(position, position_axes), _svg(line, line_axes)]
+
+
+def _figure(title: str, label: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Any) -> str:
+    """Inline SVG; text stays text, and its colour that of the page."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace("#000000", "currentColor")
-
-
-def _rollout(record: dict[str, Any]) -> dict[str, Any]:
-    """A rollout as its template needs it: tokens in lines, one a step, each with its shade."""
-    lines: dict[int, list[dict[str, Any]]] = {}
-    clip = record["clip"] or [0] * len(record["tokens"])
-    for text, entropy, step, inside in zip(record["tokens"], record["entropies"], record["steps"], clip, strict=True):
-        shade = min(1.0, max(0.0, entropy) / FULL_SHADE_NATS)
-        shown = text.replace("\n", "⏎")
-        lines.setdefault(step, []).append(
-            {"text": shown, "entropy": f"{entropy:.3f} nats", "shade": f"{shade:.3f}", "clip": bool(inside)}
-        )
-    means = {step: sum(_entropies(record, step)) / len(tokens) for step, tokens in lines.items()}
-    return {
-        **record,
-        "lines": [
-            {"tokens": tokens, "mean": f"{means[step]:.3f}", "peak": means[step] == max(means.values())}
-            for step, tokens in lines.items()
-        ],
-    }
-
-
-def _entropies(record: dict[str, Any], step: int) -> list[float]:
-    return [entropy for entropy, at in zip(record["entropies"], record["steps"], strict=True) if at == step]
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>EchoRL run {{ name }}</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --clip: #0a7d5a; }
-@media (prefers-color-scheme: dark) { :root { --clip: #3ddca5; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1320px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; }
-.charts svg { width: 100%; height: auto; }
-.charts svg text { fill: currentColor; }
-.rollouts { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 1rem; }
-.rollout { border: 1px solid var(--line); border-radius: 6px; padding: .7rem 1rem; }
-.facts { font-size: .85rem; opacity: .8; }
-.step { display: flex; justify-content: space-between; font-family: ui-monospace, monospace; }
-.step .mean { opacity: .6; font-size: .8rem; }
-.step.peak .mean { opacity: 1; font-weight: bold; }
-.tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
-.token { background: rgb(245 130 32 / var(--shade)); padding: 1px; }
-.clip { border-bottom: 3px solid var(--clip); }
-pre { border: 1px solid var(--line); border-radius: 6px; padding: 1rem; overflow: auto; }
-</style>
-<h1>EchoRL run {{ name }}, {{ steps }} steps</h1>
-<div class="charts">
-{% for chart in charts %}<div>{{ chart | safe }}</div>
-{% endfor %}</div>
-<h2>Rollouts</h2>
-<p>A token's <span class="token" style="--shade:.7">shade</span> is the entropy of the distribution that produced it,
-full at {{ shade }} nats; one row is one step, with its mean entropy at the end, in bold where it is highest. The
-<span class="clip">EchoClip</span> is underlined.</p>
-<div class="rollouts">
-{% for rollout in rollouts %}<div class="rollout">
-<div class="facts">step {{ rollout.step + 1 }}, group {{ rollout.group }}: reward {{ rollout.reward }},
-advantage {{ "%.2f" | format(rollout.advantage) }}{% if not rollout.finished %}, truncated{% endif %}</div>
-<div class="tokens"><b>{{ rollout.prompt }}</b></div>
-{% for line in rollout.lines %}<div class="step{% if line.peak %} peak{% endif %}"><span class="tokens">
-{%- for token in line.tokens -%}
-<span class="token{% if token.clip %} clip{% endif %}" style="--shade:{{ token.shade }}" title="{{ token.entropy }}">
-{{- token.text -}}</span>
-{%- endfor %}</span><span class="mean">{{ line.mean }}</span></div>
-{% endfor %}</div>
-{% endfor %}</div>
-<h2>Configuration</h2>
-<pre>{{ config }}</pre>
-</html>
-"""

@@ -52,6 +52,6 @@ class Recorder:
     def finish(self) -> None:
         """Close the files, write the report, print the summary."""
         self.logger.close()
-        write_report(self.folder, self.folder / REPORT_FILE)
+        write_report([self.folder], self.folder / REPORT_FILE)
         self.console.stop()
         self.console.summary(read_lines(self.folder / METRICS_FILE), self.folder)

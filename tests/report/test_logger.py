@@ -34,27 +34,28 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_one_rollout_of_each_of_the_first_groups_is_kept(tmp_path: Path) -> None:
+def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
     clip = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
     batch = RolloutBatch(
         tokens=torch.arange(18).view(6, 3),
         response_mask=torch.tensor([[False, True, True]] * 6),
         lengths=torch.full((6,), 3),
         finished=torch.ones(6, dtype=torch.bool),
-        group_ids=torch.tensor([7, 7, 8, 8, 9, 9]),
+        group_ids=torch.tensor([7, 7, 9, 8, 8, 9]),
         prompts=list("abcdef"),
         answers=list("123456"),
         rewards=torch.ones(6),
+        reward_parts={"math": torch.ones(6)},
         advantages=torch.zeros(6),
         entropies=torch.full((6, 3), 0.123456),
         clip_mask=clip,
     )
-    logger = RunLogger(tmp_path, LoggerConfig(tensorboard=False, rollouts=2), first_step=0)
+    logger = RunLogger(tmp_path, LoggerConfig(tensorboard=False, groups=2), first_step=0)
     logger.rollouts(4, batch, torch.tensor([[-1, 0, 1]] * 6), lambda ids: [str(i) for i in ids])
-    first, second = read_lines(tmp_path / "rollouts.jsonl")
-    assert (first["group"], first["prompt"], first["clip"]) == (7, "b", [1, 0])  # the one with a clip
-    assert (second["group"], second["prompt"], second["clip"]) == (8, "c", [0, 0])
-    assert first["tokens"] == ["4", "5"] and first["entropies"] == [0.12346] * 2 and first["steps"] == [0, 1]
+    rows = read_lines(tmp_path / "rollouts.jsonl")
+    assert [(row["group"], row["prompt"]) for row in rows] == [(7, "a"), (7, "b"), (9, "c"), (9, "f")]
+    assert rows[1]["clip"] == [1, 0] and rows[0]["clip"] == [0, 0] and rows[0]["reward_parts"] == {"math": 1.0}
+    assert rows[1]["tokens"] == ["4", "5"] and rows[1]["entropies"] == [0.12346] * 2 and rows[1]["steps"] == [0, 1]
 
 
 def test_trackers_that_are_not_installed_are_told() -> None:

@@ -3,7 +3,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from echorl_nemo.report.page import write_report
+import pytest
+
+from echorl_nemo.errors import UserError
+from echorl_nemo.report.page import group_records, write_report
 
 RECORD: dict[str, Any] = {
     "step": 0,
@@ -11,54 +14,82 @@ RECORD: dict[str, Any] = {
     "prompt": "<b>6a+7</b>",
     "answer": "3",
     "reward": 1.0,
+    "reward_parts": {"math": 1.0},
     "advantage": 0.0,
     "finished": True,
-    "tokens": ["a", "<script>", "\n", "A:", "3"],
+    "tokens": ["a", "</script><script>alert(1)</script>", "\n", "A:", "3"],
     "entropies": [0.0, 0.3, 0.0, 1.5, 9.0],
     "steps": [0, 0, 0, 1, 1],
     "clip": [1, 1, 1, 0, 0],
 }
 
 
-def page(folder: Path, *records: dict[str, Any]) -> str:
+def run_folder(folder: Path, *records: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
     rows = [{"step": -1, "eval.accuracy": 0.5}, {"step": 0, "reward": 0.5, "all_one": 0.25, "all_zero": 0.1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_report(folder, folder / "report.html")
+    return folder
+
+
+def page(folder: Path, *records: dict[str, Any]) -> str:
+    write_report([run_folder(folder, *records)], folder / "report.html")
     return (folder / "report.html").read_text()
 
 
-def test_tokens_are_shaded_and_the_clip_is_underlined(tmp_path: Path) -> None:
-    tokens = re.findall(
-        r'<span class="(token[ clip]*)" style="--shade:([\d.]+)" title="([\d.]+ nats)">(.*?)</span>',
-        page(tmp_path, RECORD),
-    )
-    assert [text for *_, text in tokens] == ["a", "&lt;script&gt;", "⏎", "A:", "3"]
-    assert [kind == "token clip" for kind, *_ in tokens] == [True, True, True, False, False]
-    assert [float(shade) for _, shade, *_ in tokens] == [0.0, 0.2, 0.0, 1.0, 1.0]
-    assert tokens[4][2] == "9.000 nats"
+def data_of(html: str) -> Any:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.S)
+    assert found is not None
+    return json.loads(found.group(1))
 
 
-def test_rows_are_steps_and_the_peak_is_marked(tmp_path: Path) -> None:
-    rows = re.findall(
-        r'<div class="(step[ peak]*)">.*?<span class="mean">([\d.]+)</span></div>', page(tmp_path, RECORD), re.S
-    )
-    assert rows == [("step", "0.100"), ("step peak", "5.250")]
+def test_groups_carry_their_rollouts_as_they_were_kept(tmp_path: Path) -> None:
+    (group,) = data_of(page(tmp_path, RECORD, RECORD | {"reward": 0.0, "clip": []}))
+    assert (group["pattern"], group["marks"], group["peak"]) == ("mixed", "1 of 2 right", 5.25)
+    assert group["rollouts"][0] == RECORD
+    assert group["rollouts"][1]["clip"] == [0] * 5
+
+
+PATTERNS = ((1, 1), (1, 1), (2, 0), (3, 0), (3, 1))
+
+
+def test_reward_patterns() -> None:
+    records = [
+        RECORD | {"group": group, "reward": reward} for group, reward in ((1, 1), (1, 1), (2, 0), (3, 0), (3, 1))
+    ]
+    assert [group["pattern"] for group in group_records("run", records)] == ["all right", "all wrong", "mixed"]
 
 
 def test_text_of_rollouts_and_config_is_data(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("path: <img src=x>")
     html = page(tmp_path, RECORD)
-    assert "<script" not in html and "<img" not in html and "<b>6a+7</b>" not in html
-    assert "&lt;b&gt;6a+7&lt;/b&gt;" in html
+    assert html.count("<script") == 2 and "alert(1)</script>" not in html and "<b>6a+7</b>" not in html
+    assert "<img" not in html and "path: &lt;img src=x&gt;" in html
+    assert data_of(html)[0]["rollouts"][0]["tokens"][1] == "</script><script>alert(1)</script>"
 
 
 def test_the_page_is_one_file_without_network(tmp_path: Path) -> None:
     html = page(tmp_path, RECORD)
-    assert html.count("<svg") == 6
-    assert not re.search(r'(src|href)="(?!#)', html)
+    assert html.count("<svg") == 8
+    assert not re.search(r'(src|href)="(?!#)', html) and "@import" not in html and "fetch(" not in html
 
 
-def test_a_run_without_clips(tmp_path: Path) -> None:
-    html = page(tmp_path, RECORD | {"clip": []})
-    assert html.count('class="token"') == 6 and 'class="token clip"' not in html  # one of them in the explanation
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / name, RECORD) for name in ("first", "second")]
+    write_report(runs, tmp_path / "both.html")
+    html = (tmp_path / "both.html").read_text()
+    assert [group["run"] for group in data_of(html)] == ["first", "second"]
+    assert "first: training rollouts" in html and "second: training rollouts" in html
+
+
+def test_the_stop_bias_is_told(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, RECORD)
+    rows = [{"step": s, "reward": 1.0, "response_length": 10.0 + s, "echorl.stop_coverage": 0.0} for s in range(25)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([folder], tmp_path / "report.html")
+    assert "Warning:</b> " in (html := (tmp_path / "report.html").read_text()) and "echorl.span=full" in html
+
+
+def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no metrics; is .* the folder of a run"):
+        write_report([tmp_path], tmp_path / "report.html")
