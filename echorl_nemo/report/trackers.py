@@ -49,14 +49,17 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run named after its folder."""
+    """A run named after its folder, which keeps its id, so that a resumed run goes on with it."""
 
     def __init__(self, folder: Path, experiment: str) -> None:
         import mlflow
 
         self._mlflow: Any = mlflow
         mlflow.set_experiment(experiment)
-        mlflow.start_run(run_name=folder.resolve().name)
+        kept = folder / "mlflow_run_id"
+        run_id = kept.read_text(encoding="utf-8") if kept.is_file() else None
+        run = mlflow.start_run(run_id=run_id, run_name=folder.resolve().name)
+        kept.write_text(run.info.run_id, encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._mlflow.log_metrics(values, step=step + 1)

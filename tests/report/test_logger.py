@@ -1,7 +1,5 @@
-import sys
-import types
+import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -58,42 +56,35 @@ def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
     assert rows[1]["tokens"] == ["4", "5"] and rows[1]["entropies"] == [0.12346] * 2 and rows[1]["steps"] == [0, 1]
 
 
-def test_trackers_that_are_not_installed_are_told() -> None:
+def test_trackers_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="logger.wandb_project=mine: the package wandb is not installed"):
         LoggerConfig(wandb_project="mine")
 
 
-class _Calls(types.ModuleType):
-    """Stands in for a tracker's library: remembers what it was asked."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.calls: list[tuple[str, Any]] = []
-        self.__spec__ = types.SimpleNamespace(name=name, origin=name)  # type: ignore[assignment]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args or kwargs))
-            return self
-
-        return call
+def _log_twice(folder: Path, **settings: str) -> None:
+    """As a run and its resumption do."""
+    for step in (0, 1):
+        config = LoggerConfig(tensorboard=False, **settings)  # type: ignore[arg-type]
+        logger = RunLogger(folder, config, first_step=step)
+        logger.metrics(step, {"echorl.clips": 3.0 + step})
+        logger.close()
 
 
-@pytest.mark.parametrize(
-    ("package", "field", "log"), [("wandb", "wandb_project", "log"), ("mlflow", "mlflow_experiment", "log_metrics")]
-)
-def test_trackers_get_the_metrics(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, field: str, log: str
-) -> None:
-    """Against a stand-in: neither library is installed here."""
-    module = _Calls(package)
-    monkeypatch.setitem(sys.modules, package, module)
-    config = LoggerConfig(tensorboard=False, **{field: "mine"})  # type: ignore[arg-type]
-    logger = RunLogger(tmp_path / "run-7", config, first_step=0)
-    logger.metrics(0, {"echorl.clips": 3.0})
-    logger.close()
-    assert (log, ({"echorl/clips": 3.0},)) in module.calls
-    assert any("mine" in str(details) for _, details in module.calls)
+def test_mlflow_gets_the_metrics_of_a_run_and_its_resumption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'mlruns'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    _log_twice(tmp_path / "run-7", mlflow_experiment="mine")
+    (run,) = mlflow.search_runs(experiment_names=["mine"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "echorl/clips")
+    assert run.info.run_name == "run-7" and [(m.step, m.value) for m in history] == [(1, 3.0), (2, 4.0)]
+
+
+def test_wandb_gets_the_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _log_twice(tmp_path / "run-7", wandb_project="mine")
+    logs = list((tmp_path / "run-7" / "wandb").glob("offline-run-*-run-7/run-run-7.wandb"))
+    assert logs and all(b"echorl/clips" in path.read_bytes() for path in logs)

@@ -25,3 +25,9 @@ def misbehave(response: str, answer: str) -> object:
         case "nan":
             return float("nan")
     return float(answer == "right")
+
+
+def hangs_at_times(response: str, answer: str) -> float:
+    if "=3" in response:
+        time.sleep(600)
+    return float(response.rstrip().endswith(f"A:{answer}"))

@@ -171,3 +171,21 @@ def test_extra_rewards_shape_advantages_and_not_success(ranks: Callable[..., lis
     for metrics, rewards, failures in ranks(2, _shaped, config):
         assert set(rewards) <= {0.0, 1.0} and not failures
         assert metrics["reward.exact_line"] == metrics["reward"] and metrics["verify.failures"] == 0
+
+
+def _hanging(config: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    trainer = trainer_of(config)
+    steps = [trainer.step()[0] for _ in range(2)]
+    trainer.verifiers.close()
+    return steps, trainer.failures
+
+
+def test_a_hanging_verifier_does_not_stop_a_run(ranks: Callable[..., list[Any]]) -> None:
+    name = "tests.rewards.verifiers:hangs_at_times"
+    config = tiny_config(
+        f"data.reward={name}", "data.reward_timeout=0.3", "rollout.max_new_tokens=30", "rollout.group_size=2"
+    )
+    ((steps, failures),) = ranks(1, _hanging, config)
+    assert len(steps) == 2 and steps[1]["verify.failures"] == len(failures) > 0
+    assert failures[0]["verifier"] == name and failures[0]["failure"] == "timed out after 0.3 s"
+    assert failures[0]["prompt"] and failures[0]["answer"]
