@@ -8,43 +8,21 @@ import torch
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import boundary_ids, segment_steps
-from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.config import EvaluateConfig
-from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
-from echorl_nemo.engines.megatron.model import build_model
-from echorl_nemo.engines.megatron.parallel import initialize
+from echorl_nemo.engines.megatron.evaluate import load_model, verified_rollouts
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
-from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.profiles import draw, profile
-from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch
 
 
 def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
     """Score golden solutions and fresh rollouts; the main rank writes `analysis.out` (.json and .png)."""
     settings = config.evaluation
-    parallel = initialize(
-        platform,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        seed=settings.seed,
-        timeout_minutes=settings.timeout_minutes,
-    )
-    model = build_model(config.model, config.parallel, parallel, platform)
-    if settings.checkpoint is not None:
-        checkpoint.load_weights(Path(settings.checkpoint), model)
+    model = load_model(config, platform)
     scorer = MegatronScorer(model, temperature=config.rollout.temperature, micro_batch_size=settings.micro_batch_size)
     ends = boundary_ids(tokenizer, config.analysis.boundary)
-    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
-    rollouts = engine.generate(data.all(), settings.samples, seed=settings.seed)
-    verifiers = VerifierPool(
-        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
-    )
-    verify_rollouts(rollouts, verifiers, parallel)
-    verifiers.close()
-    assert rollouts.rewards is not None
-    right = (rollouts.rewards >= 1.0) & rollouts.finished
+    rollouts, right, _ = verified_rollouts(config, model, tokenizer, data)
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
     if data.solutions:
@@ -55,7 +33,7 @@ def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, pla
             _, entropies = scorer.score(batch)
             steps = segment_steps(batch.tokens, batch.response_mask, ends)
             profiles[name] = profile(entropies, steps, reduction=config.analysis.step_reduction)
-    if not parallel.main:
+    if not model.parallel.main:
         return
     out = Path(config.analysis.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,44 +6,30 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.config import EvaluateConfig
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
-from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.parallel import initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.scores import Score, final_answer, score_problems
 from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rollout.batch import RolloutBatch
 
 
 def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
     """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
     settings = config.evaluation
-    parallel = initialize(
-        platform,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        seed=settings.seed,
-        timeout_minutes=settings.timeout_minutes,
-    )
-    model = build_model(config.model, config.parallel, parallel, platform)
-    if settings.checkpoint is not None:
-        checkpoint.load_weights(Path(settings.checkpoint), model)
-    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
-    batch = engine.generate(data.all(), settings.samples, seed=settings.seed, temperature=settings.temperature)
-    verifiers = VerifierPool(
-        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
-    )
-    failures = verify_rollouts(batch, verifiers, parallel)
-    verifiers.close()
-    if not parallel.main:
+    model = load_model(config, platform)
+    batch, right, failures = verified_rollouts(config, model, tokenizer, data)
+    if not model.parallel.main:
         return
-    assert batch.rewards is not None
-    right = ((batch.rewards >= 1.0) & batch.finished).view(len(data), settings.samples)
+    right = right.view(len(data), settings.samples)
     answers = [final_answer(response) for response in batch.responses]
     scores = score_problems(
         right.tolist(),
@@ -68,6 +54,33 @@ def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, pla
     ]
     _write(Path(settings.out), facts, scores, rows, failures)
     _show(facts, scores, Path(settings.out))
+
+
+def load_model(config: EvaluateConfig, platform: Platform) -> PolicyModel:
+    """The model to look at, with the weights of `evaluation.checkpoint` where one is named."""
+    settings = config.evaluation
+    parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
+    model = build_model(config.model, config.parallel, parallel, platform)
+    if settings.checkpoint is not None:
+        checkpoint.load_weights(Path(settings.checkpoint), model)
+    return model
+
+
+def verified_rollouts(
+    config: EvaluateConfig, model: PolicyModel, tokenizer: Tokenizer, data: PromptData
+) -> tuple[RolloutBatch, Tensor, list[dict[str, str]]]:
+    """`evaluation.samples` rollouts of each problem, which of them are finished and right, [N] bool, and the verifiers'
+    failures."""
+    settings = config.evaluation
+    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
+    batch = engine.generate(data.all(), settings.samples, seed=settings.seed, temperature=settings.temperature)
+    verifiers = VerifierPool(
+        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
+    )
+    failures = verify_rollouts(batch, verifiers, model.parallel)
+    verifiers.close()
+    assert batch.rewards is not None
+    return batch, (batch.rewards >= 1.0) & batch.finished, failures
 
 
 def _write(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from echorl_nemo.engines.megatron.config import ParallelConfig
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 
@@ -74,11 +75,13 @@ class Parallel:
         return range(start, start + share + (self.data_rank < rest))
 
 
-def initialize(platform: Platform, *, tensor: int, pipeline: int, seed: int, timeout_minutes: int) -> Parallel:
+def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout_minutes: int) -> Parallel:
     """Form the process groups. torch.distributed must be initialised already."""
     device = platform.device()
     timeout = timedelta(minutes=timeout_minutes)
-    parallel_state.initialize_model_parallel(tensor, pipeline, distributed_timeout_minutes=timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, distributed_timeout_minutes=timeout_minutes
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     first = parallel_state.is_pipeline_first_stage()
     last = parallel_state.is_pipeline_last_stage()

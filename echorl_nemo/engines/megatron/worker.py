@@ -53,13 +53,7 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
 def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trainer:
     """Form the process groups, load the model and tie the rooms together."""
     settings = config.trainer
-    parallel = initialize(
-        platform,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        seed=settings.seed,
-        timeout_minutes=settings.timeout_minutes,
-    )
+    parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
     model = build_model(config.model, config.parallel, parallel, platform)
     policy = MegatronPolicy(
         model,
