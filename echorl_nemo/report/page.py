@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import yaml
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
@@ -56,7 +57,11 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         (name, (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else "")
         for name, folder in zip(names, folders, strict=True)
     ]
-    groups = [group for name, records in rollouts for group in group_records(name, records)]
+    groups = [
+        group
+        for (name, records), (_, config) in zip(rollouts, configs, strict=True)
+        for group in group_records(name, records, success_reward=_success_reward(config))
+    ]
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         names=names,
@@ -70,21 +75,26 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def group_records(run: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def group_records(run: str, records: Sequence[dict[str, Any]], *, success_reward: float = 1.0) -> list[dict[str, Any]]:
     """The kept rollouts of a run by group: `pattern` (all right, mixed, all wrong), `marks` (how many of them are
-    right), `peak` (highest step mean, nats) and the rollouts."""
+    rewarded with at least ``success_reward``), `peak` (highest step mean, nats) and the rollouts."""
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for record in records:
         rollout = {**record, "clip": record["clip"] or [0] * len(record["tokens"])}
         groups.setdefault((record["step"], record["group"]), []).append(rollout)
     made = []
     for (step, _), rollouts in groups.items():
-        right = sum(rollout["reward"] >= 1.0 for rollout in rollouts)
+        right = sum(rollout["reward"] >= success_reward for rollout in rollouts)
         pattern = "all right" if right == len(rollouts) else "mixed" if right else "all wrong"
         peak = max((max(_step_means(rollout), default=0.0) for rollout in rollouts), default=0.0)
         marks = f"{right} of {len(rollouts)} right"
         made.append({"run": run, "step": step, "pattern": pattern, "marks": marks, "peak": peak, "rollouts": rollouts})
     return made
+
+
+def _success_reward(config: str) -> float:
+    """`echorl.success_reward` of a run's configuration, as text; 1 where the folder has none."""
+    return float(((yaml.safe_load(config) or {}).get("echorl") or {}).get("success_reward", 1.0))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -50,14 +50,17 @@ def test_groups_carry_their_rollouts_as_they_were_kept(tmp_path: Path) -> None:
     assert group["rollouts"][1]["clip"] == [0] * 5
 
 
-PATTERNS = ((1, 1), (1, 1), (2, 0), (3, 0), (3, 1))
-
-
 def test_reward_patterns() -> None:
     records = [
         RECORD | {"group": group, "reward": reward} for group, reward in ((1, 1), (1, 1), (2, 0), (3, 0), (3, 1))
     ]
     assert [group["pattern"] for group in group_records("run", records)] == ["all right", "all wrong", "mixed"]
+
+
+def test_success_is_what_the_run_called_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("echorl:\n  success_reward: 0.5\n")
+    groups = data_of(page(tmp_path, RECORD | {"reward": 0.5}, RECORD | {"group": 8, "reward": 0.4}))
+    assert [group["pattern"] for group in groups] == ["all right", "all wrong"]
 
 
 def test_text_of_rollouts_and_config_is_data(tmp_path: Path) -> None:
