@@ -1,20 +1,25 @@
-"""Log-prob and exact entropy of vocab-parallel logits, in one pass and one collective.
+"""Log-prob and exact entropy of vocab-parallel logits, in one pass over them and one collective.
 
 Shapes: T tokens (the leading dimensions flattened), v = V/TP vocabulary columns of this tensor-parallel rank.
 
-Numerics: everything is taken on y = (x - m) / temperature, m the row's maximum, in float32. With S = sum e^y and
-Q = sum e^y y, entropy = log S - Q/S; m and log S are kept apart, and m is taken off before the division, since a common
-offset of the logits would cost the digits otherwise.
+Numerics: everything is taken on y = (x - m) log2(e) / temperature, m the row's maximum, in float32. With S = sum 2^y
+and Q = ln 2 sum 2^y y, entropy = log S - Q/S; m and log S are kept apart, and m is taken off before the division,
+since a common offset of the logits would cost the digits otherwise. Kept for backward are the logits and three numbers
+a token; the softmax is computed again.
 """
 
+import importlib
+import math
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20
-"""Scratch of one chunk of rows, in the compute type."""
+BACKENDS = ("auto", "chunked", "triton")
+BACKEND_VARIABLE = "ECHORL_OP_BACKEND"
+"""Environment variable that stands in for ``backend="auto"``."""
 
 
 def logprob_and_entropy(
@@ -25,6 +30,7 @@ def logprob_and_entropy(
     temperature: float = 1.0,
     entropy_grad: bool = False,
     inplace_backward: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution, in nats, of softmax(logits / temperature).
 
@@ -34,12 +40,18 @@ def logprob_and_entropy(
     the same on every rank of ``group``.
 
     Gradients flow through the log-probs, and through the entropies if ``entropy_grad``. ``inplace_backward`` writes
-    the gradient of ``logits`` into their own memory: legal only if nothing reads the logits after this call, and
-    backward runs once.
+    the gradient of ``logits`` into their own memory: legal only if nothing reads the logits after this call (no other
+    loss, no metric, no layer that saved them for its own backward, as a softmax or a tanh cap would), and backward
+    runs once.
+
+    ``backend``: `triton` (CUDA), `chunked` (torch, any device), or `auto`: what the environment variable
+    ECHORL_OP_BACKEND names, else `triton` for CUDA tensors and `chunked` for others. The numerics are the same.
+    Raises ValueError for an unknown backend, or `triton` without a GPU; ImportError where triton is missing.
     """
+    passes = _passes(backend, logits.device)
     flat = logits.reshape(-1, logits.shape[-1])
     logprobs, entropies = _LogprobEntropy.apply(
-        flat, targets.reshape(-1), group, temperature, entropy_grad, inplace_backward
+        flat, targets.reshape(-1), group, temperature, entropy_grad, inplace_backward, passes
     )
     return logprobs.view(targets.shape), entropies.view(targets.shape)
 
@@ -54,79 +66,65 @@ class _LogprobEntropy(torch.autograd.Function):
         temperature: float,
         entropy_grad: bool,
         inplace_backward: bool,
+        passes: Any,
     ) -> tuple[Tensor, Tensor]:
+        scale = math.log2(math.e) / temperature
         local = targets - _rank(group) * logits.shape[1]
-        row_max, log_sum, entropy, target = _merge(_partials(logits, local, temperature), group, temperature)
+        row_max, log_sum, entropy, target = _merge(passes.partials(logits, local, scale), group, scale)
         ctx.save_for_backward(logits, local, row_max, log_sum, entropy)
-        ctx.temperature, ctx.entropy_grad, ctx.inplace_backward = temperature, entropy_grad, inplace_backward
+        ctx.temperature, ctx.scale, ctx.passes = temperature, scale, passes
+        ctx.entropy_grad, ctx.inplace_backward = entropy_grad, inplace_backward
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return (target - row_max) / temperature - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """With p = 2^y / S: d logprob / dx = (1 at the target - p) / temperature, and
+        d entropy / dx = -p (log p + entropy) / temperature, where log p = y ln 2 - log S."""
         logits, local, row_max, log_sum, entropy = ctx.saved_tensors
         grad_logprob, grad_entropy = grads
+        per_power = (-log_sum).exp() / ctx.temperature  # 2^y times this is p / temperature
+        constant, slope = -grad_logprob * per_power, None
+        if ctx.entropy_grad:
+            constant = constant - grad_entropy * (entropy - log_sum) * per_power
+            slope = grad_entropy * per_power * -math.log(2)
         out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
-        for rows in _chunks(logits, row_max.dtype):
-            shifted = (logits[rows].to(row_max.dtype) - row_max[rows, None]).div_(ctx.temperature)
-            shifted.sub_(log_sum[rows, None])  # log-softmax
-            probs = shifted.exp()
-            grad = probs * -grad_logprob[rows, None]
-            if ctx.entropy_grad:
-                surprise = shifted.masked_fill_(probs == 0, 0.0).add_(entropy[rows, None])
-                grad.sub_(surprise.mul_(probs).mul_(grad_entropy[rows, None]))
-            here = _on_shard(local[rows], logits.shape[1])
-            index = local[rows].clamp(0, logits.shape[1] - 1)[:, None]
-            grad.scatter_add_(1, index, torch.where(here, grad_logprob[rows], 0.0)[:, None])
-            out[rows] = grad.div_(ctx.temperature).to(out.dtype)
-        return out, None, None, None, None, None
+        at_target = grad_logprob / ctx.temperature
+        ctx.passes.write_gradient(out, logits, local, row_max, ctx.scale, constant, slope, at_target)
+        return out, None, None, None, None, None, None
 
 
-def _partials(logits: Tensor, local: Tensor, temperature: float) -> Tensor:
-    """[T, 4]: of this shard's columns the maximum m, S, Q and the target's logit (-inf if it lies elsewhere)."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    parts = torch.empty(len(logits), 4, dtype=dtype, device=logits.device)
-    for rows in _chunks(logits, dtype):
-        wide = logits[rows].to(dtype)
-        row_max = wide.max(dim=1).values
-        here = _on_shard(local[rows], logits.shape[1])
-        target = wide.gather(1, local[rows].clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-        # a shard may be masked as a whole: its maximum is -inf, its sums are 0
-        shifted = (wide - torch.where(row_max == -torch.inf, 0.0, row_max)[:, None]).div_(temperature)
-        exp = shifted.exp()
-        parts[rows, 0] = row_max
-        parts[rows, 1] = exp.sum(dim=1)
-        parts[rows, 2] = exp.mul_(shifted.masked_fill_(shifted == -torch.inf, 0.0)).sum(dim=1)
-        parts[rows, 3] = torch.where(here, target, -torch.inf)
-    return parts
-
-
-def _merge(parts: Tensor, group: dist.ProcessGroup | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merge(parts: Tensor, group: dist.ProcessGroup | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row maximum, log S, entropy and target logit over the whole vocabulary, each [T]; one all-gather."""
-    if group is not None and dist.get_world_size(group) > 1:
-        gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, parts, group=group)
-        shards = torch.stack(gathered)  # [TP, T, 4]
-    else:
-        shards = parts[None]
-    shard_max, shard_sum, shard_q, shard_target = shards.unbind(-1)
-    row_max = shard_max.max(dim=0).values
-    offset = (shard_max - row_max) / temperature
-    scale = offset.exp()
-    total = (scale * shard_sum).sum(dim=0)
-    weighted = scale * (shard_q + offset.masked_fill(offset == -torch.inf, 0.0) * shard_sum)
+    shards = parts[None]
+    if group is not None and (world := dist.get_world_size(group)) > 1:
+        gathered = parts.new_empty(world * len(parts), 4)
+        dist.all_gather_into_tensor(gathered, parts, group=group)
+        shards = gathered.view(world, len(parts), 4)
+    shard_max, shard_sum, shard_weighted, shard_target = shards.unbind(-1)
+    row_max = shard_max.amax(dim=0)
+    offset = (shard_max - row_max) * scale
+    power = offset.exp2()
+    total = (power * shard_sum).sum(dim=0)
+    weighted = power * (shard_weighted + offset.masked_fill(offset == -torch.inf, 0.0) * shard_sum)
     log_sum = total.log()
-    return row_max, log_sum, log_sum - weighted.sum(dim=0) / total, shard_target.max(dim=0).values
+    entropy = log_sum - math.log(2) * weighted.sum(dim=0) / total
+    return row_max, log_sum, entropy, shard_target.amax(dim=0)
 
 
-def _chunks(logits: Tensor, dtype: torch.dtype) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // max(1, logits.shape[1] * dtype.itemsize))
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def _on_shard(local: Tensor, width: int) -> Tensor:
-    return (local >= 0) & (local < width)
+def _passes(backend: str, device: torch.device) -> Any:
+    """The module with the two passes over the logits that ``backend`` names."""
+    if backend == "auto":
+        backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} (or {BACKEND_VARIABLE}) is not known; use one of {', '.join(BACKENDS)}")
+    if backend == "chunked" or (backend == "auto" and device.type != "cuda"):
+        return importlib.import_module("echorl_nemo.ops.chunked")
+    kernels = importlib.import_module("echorl_nemo.ops.triton_kernels")
+    if device.type != "cuda" and not kernels.INTERPRETED:
+        raise ValueError(f"backend='triton': the logits are on {device}, the kernels need CUDA; use 'chunked'")
+    return kernels
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
