@@ -70,6 +70,8 @@ def check(config: RunConfig) -> Inputs:
     for name, prompts in (("data.train", train_data), ("data.eval", eval_data)):
         if prompts is not None:
             problems += length_problems(config.rollout.max_new_tokens, hf_config, prompts, name)
+    if train_data is not None:
+        problems += packing_problems(config, train_data)
     problems += run_dir_problems(config)
     if problems:
         raise UserError("\n".join(problems))
@@ -179,6 +181,17 @@ def length_problems(budget: int, hf_config: PretrainedConfig, data: PromptData, 
         return [
             f"rollout.max_new_tokens={budget}: with the longest prompt of {name}, "
             f"{data.longest} tokens, that is {longest}, the model has {limit} positions"
+        ]
+    return []
+
+
+def packing_problems(config: RunConfig, data: PromptData) -> list[str]:
+    """Whether every rollout fits a packed row."""
+    row, longest = config.trainer.pack_tokens, data.longest + config.rollout.max_new_tokens
+    if 0 < row < longest:
+        return [
+            f"trainer.pack_tokens={row}: a rollout may have {longest} tokens, the longest prompt's {data.longest} and "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}; use {longest} or more, or 0 to pad"
         ]
     return []
 

@@ -70,7 +70,11 @@ class TrainerConfig:
     """Groups of one optimizer step; a step has prompts_per_step / minibatch_prompts of them."""
 
     micro_batch_size: int = 1
-    """Rollouts in one forward-backward of a rank."""
+    """Rollouts in one forward-backward of a rank, padded to the longest of the step."""
+
+    pack_tokens: int = 0
+    """Pack rollouts without padding into rows of at most so many tokens, one row in each forward-backward; then
+    `micro_batch_size` is not used. At least the longest prompt + `rollout.max_new_tokens`. 0 pads instead."""
 
     lr: float = 1e-6
     """Peak learning rate."""
@@ -115,7 +119,7 @@ class TrainerConfig:
         for name in ("steps", "prompts_per_step", "minibatch_prompts", "micro_batch_size", "eval_group_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        for name in ("warmup_steps", "save_every", "eval_every", "lr", "weight_decay"):
+        for name in ("pack_tokens", "warmup_steps", "save_every", "eval_every", "lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is negative; use 0 or more")
         if self.clip_grad <= 0:

@@ -3,8 +3,8 @@ nothing else is replaced.
 
 The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
 inference context. What stands in: the CUDA device (the CPU answers), CUDA streams and random state (none and torch's),
-packages that Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), and an AdamW that keeps its step
-where Megatron's checkpoints look for it.
+packages that Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), an AdamW that keeps its step
+where Megatron's checkpoints look for it, and attention over packed rows, which Megatron leaves to Transformer Engine.
 """
 
 import importlib.abc
@@ -45,7 +45,8 @@ _installed: list[object] = []
 def install(*, cuda: bool) -> None:
     """Put the stand-ins in place, once for each process; a forked rank inherits them.
 
-    Without Transformer Engine: the optimizer and the absent packages. With ``cuda`` also the CUDA device itself.
+    Without Transformer Engine: the optimizer, packed attention and the absent packages. With ``cuda`` also the CUDA
+    device itself.
     """
     if _installed:
         return
@@ -53,6 +54,7 @@ def install(*, cuda: bool) -> None:
         _replace_cuda()
     _import_megatron_core()
     _replace_adam()
+    _attend_within_packed_sequences()
     sys.meta_path.append(_AbsentPackageFinder())
     _installed.append(_AbsentPackageFinder)
     if cuda:
@@ -192,6 +194,26 @@ def _replace_adam() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _attend_within_packed_sequences() -> None:
+    """Megatron's own attention refuses packed rows: here it runs on each of their sequences by itself."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attend = DotProductAttention.forward
+
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        packed = kwargs.pop("packed_seq_params", None)
+        if packed is None:
+            return attend(self, query, key, value, attention_mask, *args, **kwargs)
+        sizes = packed.cu_seqlens_q.diff().tolist()
+        # [tokens, heads, width] of the row; [tokens, 1, heads, width] of a sequence
+        sequences = zip(*(part.unsqueeze(1).split(sizes) for part in (query, key, value)), strict=True)
+        return torch.cat([attend(self, q, k, v, attention_mask, *args, **kwargs) for q, k, v in sequences])
+
+    DotProductAttention.forward = forward
 
 
 def _send_contiguous_shards() -> None:

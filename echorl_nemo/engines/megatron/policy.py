@@ -21,6 +21,7 @@ from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.packing import PackedRow
 
 METRICS = (
     "loss",
@@ -58,7 +59,12 @@ class MegatronPolicy(MegatronScorer):
         optimizer_steps: int,
     ) -> None:
         """``optimizer_steps``: of the whole run, for the learning-rate schedule."""
-        super().__init__(model, temperature=temperature, micro_batch_size=trainer.micro_batch_size)
+        super().__init__(
+            model,
+            temperature=temperature,
+            micro_batch_size=trainer.micro_batch_size,
+            pack_tokens=trainer.pack_tokens,
+        )
         self.algo, self.echorl, self.trainer = algo, echorl, trainer
         self._reference: list[Tensor] | None = None  # in host memory, swapped in where it scores
         if algo.kl_coef:
@@ -112,7 +118,7 @@ class MegatronPolicy(MegatronScorer):
         if filling := self._filling(len(rows)):
             rows += range(len(batch), len(batch) + filling)
             batch = concatenate([batch, _without_loss(batch.select([0] * filling))])
-        micro_rows = self._micro_batches(rows)
+        micro_rows = self._micro_batches(batch, rows)
 
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
@@ -143,12 +149,14 @@ class MegatronPolicy(MegatronScorer):
         )
         return StepCounts(totals, float(clip))
 
-    def _loss_of_logits(self, counts: StepCounts) -> Callable[[Tensor, RolloutBatch], tuple[Tensor, Tensor, Tensor]]:
+    def _loss_of_logits(
+        self, counts: StepCounts
+    ) -> Callable[[Tensor, RolloutBatch, PackedRow | None], tuple[Tensor, Tensor, Tensor]]:
         """The objective: policy loss, less the entropy bonus, plus coef times the clip loss; one backward for all."""
 
-        def loss_of_logits(logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_of_logits(logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor, Tensor]:
             logprobs, entropies = self._token_statistics(
-                logits, micro, train=True, entropy_grad=self.algo.entropy_coef > 0
+                logits, micro, row, train=True, entropy_grad=self.algo.entropy_coef > 0
             )
             assert micro.old_logprobs is not None and micro.advantages is not None and micro.counted is not None
             outputs = policy_loss(

@@ -7,20 +7,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
+from echorl_nemo.rollout.packing import PackedRow, bins, pack_row
 
 
 class MegatronScorer:
     """A Megatron-Core model that scores rollouts. Every rank calls every method with the same whole batch."""
 
-    def __init__(self, model: PolicyModel, *, temperature: float, micro_batch_size: int) -> None:
+    def __init__(self, model: PolicyModel, *, temperature: float, micro_batch_size: int, pack_tokens: int = 0) -> None:
+        """``pack_tokens``: as `trainer.pack_tokens`; 0 pads micro-batches of ``micro_batch_size`` rollouts."""
         self.model, self.parallel = model, model.parallel
-        self.temperature, self.micro_batch_size = temperature, micro_batch_size
+        self.temperature, self.micro_batch_size, self.pack_tokens = temperature, micro_batch_size, pack_tokens
         self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -28,14 +31,15 @@ class MegatronScorer:
         own = list(self.parallel.my_share(len(batch)))
         self.model.ddp.eval()
         with torch.no_grad():
-            rows = own + [0] * self._filling(len(own))
-            scored = self._run(batch, self._micro_batches(rows), self._score_logits, forward_only=True)
+            micro_rows = self._micro_batches(batch, own + [0] * self._filling(len(own)))
+            scored = self._run(batch, micro_rows, self._score_logits, forward_only=True)
+        order = [row for rows in micro_rows for row in rows]
         width = batch.tokens.shape[1]
         flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(rows), width), torch.float32)
-        table = table[:, : len(own)].cpu()
+        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), width), torch.float32)
+        table = table[:, : len(own)].cpu()  # what fills comes last
         result = torch.zeros(2, len(batch), width)
-        for rows, values in self.parallel.share_over_replicas((own, table)):
+        for rows, values in self.parallel.share_over_replicas((order[: len(own)], table)):
             result[:, rows] = values
         result *= batch.response_mask
         return result[0], result[1]
@@ -43,9 +47,13 @@ class MegatronScorer:
     def _filling(self, rows: int) -> int:
         """Rows that fill a replica's last micro-batch: pipeline stages exchange micro-batches of one shape, and a
         replica without any rollout still takes part in every collective."""
-        return -rows % self.micro_batch_size if rows else self.micro_batch_size
+        size = 1 if self.pack_tokens else self.micro_batch_size
+        return -rows % size if rows else size
 
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+    def _micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
+        """The ``rows`` of ``batch`` that each forward-backward takes."""
+        if self.pack_tokens:
+            return [[rows[i] for i in part] for part in bins(batch.lengths[rows].tolist(), self.pack_tokens)]
         size = self.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -53,44 +61,65 @@ class MegatronScorer:
         self,
         batch: RolloutBatch,
         micro_rows: list[list[int]],
-        use_logits: Callable[[Tensor, RolloutBatch], Any],
+        use_logits: Callable[[Tensor, RolloutBatch, PackedRow | None], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
         """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
+        packed_width = max(int(batch.lengths[rows].sum()) for rows in micro_rows)
 
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
-            micro = _on_device(batch, next(rows), self.parallel.device)
-            positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-            output = module(micro.tokens, positions, None, **self.model.call_options)
-            return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
+            chosen = next(rows)
+            micro = _on_device(batch, chosen, self.parallel.device)
+            row = None
+            if self.pack_tokens:
+                row = pack_row(micro.tokens, batch.lengths[chosen].tolist(), packed_width)
+            output = self._forward(module, micro, row)
+            return output, lambda logits, non_loss_data=False: use_logits(logits, micro, row)
 
         return self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(micro_rows),
             model=[self.model.ddp],
             num_microbatches=len(micro_rows),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=len(micro_rows[0]),
+            seq_length=packed_width if self.pack_tokens else batch.tokens.shape[1],
+            micro_batch_size=1 if self.pack_tokens else len(micro_rows[0]),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _score_logits(self, logits: Tensor, micro: RolloutBatch) -> tuple[Tensor, Tensor]:
-        return self._token_statistics(logits, micro, train=False)
+    def _forward(self, module: Any, micro: RolloutBatch, row: PackedRow | None) -> Tensor:
+        """The stage's output: logits [B, S, v], or [1, W, v] of a packed row, on the last one."""
+        if row is None:
+            positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
+            return module(micro.tokens, positions, None, **self.model.call_options)
+        sequences = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=row.cu_seqlens,
+            cu_seqlens_kv=row.cu_seqlens,
+            max_seqlen_q=row.longest,
+            max_seqlen_kv=row.longest,
+        )
+        return module(row.tokens, row.positions, None, packed_seq_params=sequences, **self.model.call_options)
+
+    def _score_logits(self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor]:
+        return self._token_statistics(logits, micro, row, train=False)
 
     def _token_statistics(
-        self, logits: Tensor, micro: RolloutBatch, *, train: bool, entropy_grad: bool = False
+        self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None, *, train: bool, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, each [B, S] and aligned to the token they speak of; ``logits`` [B, S, v]."""
+        """Log-probs and entropies, each [B, S] and aligned to the token they speak of."""
+        produced = micro.tokens.roll(-1, dims=1)  # by position t's logits: token t + 1; the last one's is not used
         logprobs, entropies = logprob_and_entropy(
             logits,
-            micro.tokens.roll(-1, dims=1),  # position t's logits produced token t + 1; the last one's are not used
+            produced if row is None else row.pack(produced),
             group=self.parallel.tensor_group,
             temperature=self.temperature,
             entropy_grad=entropy_grad,
             inplace_backward=train,
         )
+        if row is not None:
+            logprobs, entropies = row.unpack(logprobs), row.unpack(entropies)
         # one column to the right; where() rather than a product, since 0 * -inf is NaN
         aligned = [torch.nn.functional.pad(values[:, :-1], (1, 0)) for values in (logprobs, entropies)]
         return (

@@ -32,6 +32,10 @@ def problems(*overrides: str) -> str:
             ["rollout.max_new_tokens=120"],
             "max_new_tokens=120: with the longest prompt of data.train, 13 tokens, that is 133",
         ),
+        (
+            ["trainer.pack_tokens=40"],
+            "trainer.pack_tokens=40: a rollout may have 73 tokens, the longest prompt's 13 and",
+        ),
         (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file"),
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit, drop the line, or set"),
         (

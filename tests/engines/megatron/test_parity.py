@@ -69,6 +69,21 @@ def test_steps_are_the_same(
             assert ours == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("pack_tokens", [80, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_rows_give_the_same_steps(
+    ranks: Callable[..., list[Any]], baseline: dict[str, Any], layout: str, pack_tokens: int
+) -> None:
+    """Rows of 80 tokens hold three or four of the sixteen rollouts, rows of 1000 all that a replica has."""
+    packing = ["rollout.max_new_tokens=50", f"trainer.pack_tokens={pack_tokens}"]
+    for result in run(ranks, *LAYOUTS[layout], *packing):
+        for ours, expected in zip(result["scored"], baseline["scored"], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(result["clip_mask"], baseline["clip_mask"])
+        for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("preset", ["grpo", "dr_grpo"])
 def test_other_aggregations_are_the_same_over_data_parallel_ranks(ranks: Callable[..., list[Any]], preset: str) -> None:
     overrides = [f"algo={preset}", "echorl.normalizer=clips"]
