@@ -100,7 +100,9 @@ def _merge(parts: Tensor, group: dist.ProcessGroup | None, scale: float) -> tupl
     shards = parts[None]
     if group is not None and (world := dist.get_world_size(group)) > 1:
         gathered = parts.new_empty(world * len(parts), 4)
-        dist.all_gather_into_tensor(gathered, parts, group=group)
+        # the second name is what torch called it before 2.13
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, parts, group=group)
         shards = gathered.view(world, len(parts), 4)
     shard_max, shard_sum, shard_weighted, shard_target = shards.unbind(-1)
     row_max = shard_max.amax(dim=0)

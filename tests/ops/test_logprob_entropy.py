@@ -14,8 +14,9 @@ from echorl_nemo.ops import chunked, logprob_and_entropy
 BACKENDS = ("chunked", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "broadcast",
-    "reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "scatter", "send", "recv", "isend", "irecv",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single",
+    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "scatter", "send", "recv",
+    "isend", "irecv",
 )  # fmt: skip
 
 
@@ -218,7 +219,8 @@ def test_the_kernels_are_not_replaced_where_they_cannot_run() -> None:
 def _on_shard(logits: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
     calls: list[str] = []
     for name in COLLECTIVES:
-        setattr(dist, name, _counted(name, getattr(dist, name), calls))
+        if hasattr(dist, name):
+            setattr(dist, name, _counted(name, getattr(dist, name), calls))
     shard = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].clone().requires_grad_()
     logprobs, entropies = logprob_and_entropy(
         shard, targets, group=dist.group.WORLD, entropy_grad=True, backend=backend
@@ -257,6 +259,6 @@ def test_shards_give_the_whole_answer_with_one_collective(
         torch.testing.assert_close(logprobs.double(), expected[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(entropies.double(), expected[1], rtol=2e-6, atol=2e-6)
         assert torch.equal(logprobs, results[0][0])
-        assert forward == ["all_gather_into_tensor"] and backward == []
+        assert forward == ["all_gather_single"] and backward == []
     gradient = torch.cat([grad for _, _, grad, _, _ in results], dim=-1).double()
     torch.testing.assert_close(gradient, slope, rtol=2e-6, atol=2e-6)

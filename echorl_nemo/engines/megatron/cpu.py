@@ -101,13 +101,14 @@ class _Stream:
 
 
 def _replace_cuda() -> None:
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
+    def nothing() -> Callable[..., None]:
+        return lambda *args, **kwargs: None  # one of its own each time: torch.compile refuses two names of one function
 
     stand_ins: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
         "Stream": lambda *args, **kwargs: _Stream(),
         "current_stream": lambda *args, **kwargs: _Stream(),
         "stream": lambda *args, **kwargs: nullcontext(),
