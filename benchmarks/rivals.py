@@ -76,8 +76,8 @@ def _with_entropy(cross_entropy: Callable[[Tensor, Tensor, dist.ProcessGroup], T
     def both(logits: Tensor, targets: Tensor, group: dist.ProcessGroup, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(entropy_grad):
             entropies = _VocabParallelEntropy.apply(logits, group)
-        # [sequence, batch, vocabulary], and a copy: it writes into what it is given
-        logprobs = -cross_entropy(logits[:, None].clone(), targets[:, None], group)[:, 0]
+        # [sequence, batch, vocabulary]; it writes into what it is given, so the entropy comes first
+        logprobs = -cross_entropy(logits[:, None], targets[:, None], group)[:, 0]
         return logprobs, entropies
 
     return both

@@ -1,6 +1,5 @@
 """From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
 
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from echorl_nemo.engines.megatron.config import EvaluateConfig, RunConfig
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import UserError, nearest
 
 _CHECKOUT = Path(__file__).resolve().parents[1] / "conf"
 CONFIG_DIR = _CHECKOUT if _CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "echorl_nemo" / "conf"
@@ -90,12 +89,6 @@ def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path], 
         key = override.key_or_group
         if key not in groups and key not in keys:
             raise UserError(f"{override.input_line}: no such key; {nearest(key, keys)}")
-
-
-def nearest(key: str, keys: Sequence[str]) -> str:
-    """Advice that names the valid key nearest to ``key``."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-    return f"did you mean {close[0]}?"
 
 
 def _explain(error: BaseException, keys: Sequence[str]) -> str:

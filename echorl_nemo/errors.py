@@ -1,5 +1,14 @@
 """Errors that a user can mend."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input. The message names the field, its value and the remedy; the command line prints it without a trace."""
+
+
+def nearest(key: str, keys: Sequence[str]) -> str:
+    """Advice that names the valid key nearest to ``key``."""
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    return f"did you mean {close[0]}?"

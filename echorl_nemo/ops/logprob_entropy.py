@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from echorl_nemo.ops.chunked import compute_dtype
+
 BACKENDS = ("auto", "chunked", "triton")
 BACKEND_VARIABLE = "ECHORL_OP_BACKEND"
 """Environment variable that stands in for ``backend="auto"``."""
@@ -28,6 +30,7 @@ def logprob_and_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     entropy_grad: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -36,8 +39,9 @@ def logprob_and_entropy(
 
     ``logits`` [..., V/TP] of any float type, this rank's shard of the vocabulary (equal shards, in rank order);
     ``targets`` [...] int64 global ids; ``group`` the tensor-parallel ranks, None for the whole vocabulary. Logits of
-    -inf are legal: such entries have probability 0. Both results are [...] float32 (float64 for float64 logits) and
-    the same on every rank of ``group``.
+    -inf are legal: such entries have probability 0. ``vocab_size``: entries of the vocabulary where the logits are
+    padded beyond it; whatever the padding holds, its probability and its gradient are 0. Both results are [...]
+    float32 (float64 for float64 logits) and the same on every rank of ``group``.
 
     Gradients flow through the log-probs, and through the entropies if ``entropy_grad``. ``inplace_backward`` writes
     the gradient of ``logits`` into their own memory: legal only if nothing reads the logits after this call (no other
@@ -48,10 +52,17 @@ def logprob_and_entropy(
     ECHORL_OP_BACKEND names, else `triton` for CUDA tensors and `chunked` for others. The numerics are the same.
     Raises ValueError for an unknown backend, or `triton` without a GPU; ImportError where triton is missing.
     """
-    passes = _passes(backend, logits.device)
-    flat = logits.reshape(-1, logits.shape[-1])
+    passes, width = _passes(backend, logits.device), logits.shape[-1]
+    columns = width if vocab_size is None else min(max(vocab_size - _rank(group) * width, 0), width)
     logprobs, entropies = _LogprobEntropy.apply(
-        flat, targets.reshape(-1), group, temperature, entropy_grad, inplace_backward, passes
+        logits.reshape(-1, width),
+        targets.reshape(-1),
+        group,
+        temperature,
+        columns,
+        entropy_grad,
+        inplace_backward,
+        passes,
     )
     return logprobs.view(targets.shape), entropies.view(targets.shape)
 
@@ -64,15 +75,17 @@ class _LogprobEntropy(torch.autograd.Function):
         targets: Tensor,
         group: dist.ProcessGroup | None,
         temperature: float,
+        columns: int,
         entropy_grad: bool,
         inplace_backward: bool,
         passes: Any,
     ) -> tuple[Tensor, Tensor]:
         scale = math.log2(math.e) / temperature
         local = targets - _rank(group) * logits.shape[1]
-        row_max, log_sum, entropy, target = _merge(passes.partials(logits, local, scale), group, scale)
+        parts = passes.partials(logits[:, :columns], local, scale) if columns else _nothing(logits)
+        row_max, log_sum, entropy, target = _merge(parts, group, scale)
         ctx.save_for_backward(logits, local, row_max, log_sum, entropy)
-        ctx.temperature, ctx.scale, ctx.passes = temperature, scale, passes
+        ctx.temperature, ctx.scale, ctx.columns, ctx.passes = temperature, scale, columns, passes
         ctx.entropy_grad, ctx.inplace_backward = entropy_grad, inplace_backward
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -91,8 +104,20 @@ class _LogprobEntropy(torch.autograd.Function):
             slope = grad_entropy * per_power * -math.log(2)
         out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
         at_target = grad_logprob / ctx.temperature
-        ctx.passes.write_gradient(out, logits, local, row_max, ctx.scale, constant, slope, at_target)
-        return out, None, None, None, None, None, None
+        real = slice(0, ctx.columns)
+        if ctx.columns:
+            ctx.passes.write_gradient(
+                out[:, real], logits[:, real], local, row_max, ctx.scale, constant, slope, at_target
+            )
+        out[:, ctx.columns :] = 0.0
+        return out, None, None, None, None, None, None, None
+
+
+def _nothing(logits: Tensor) -> Tensor:
+    """The partials of a shard that is padding from its first column on."""
+    parts = torch.zeros(len(logits), 4, dtype=compute_dtype(logits), device=logits.device)
+    parts[:, 0] = parts[:, 3] = -torch.inf
+    return parts
 
 
 def _merge(parts: Tensor, group: dist.ProcessGroup | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -102,6 +102,24 @@ def test_masked_vocabulary_has_probability_zero_and_gradient_zero(backend: str) 
     assert logits.grad[:, 20:].eq(0).all() and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_beyond_the_vocabulary_does_not_count(backend: str) -> None:
+    logits, targets = example()
+    logits[:, 20:] = torch.nan
+    targets %= 20
+    results = logprob_and_entropy(
+        logits.requires_grad_(), targets, vocab_size=20, entropy_grad=True, backend=backend, inplace_backward=True
+    )
+    plain = logits.detach()[:, :20].clone().requires_grad_()
+    expected = logprob_and_entropy(plain, targets, entropy_grad=True, backend=backend)
+    for result, exact in zip(results, expected, strict=True):
+        assert torch.equal(result, exact)
+    grads = [
+        torch.autograd.grad(pair[0].sum() + pair[1].sum(), x)[0] for pair, x in ((results, logits), (expected, plain))
+    ]
+    assert torch.equal(grads[0][:, :20], grads[1]) and grads[0][:, 20:].eq(0).all()
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 400, 1 << 20])
 def test_gradcheck_in_float64_for_any_chunking(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", chunk_bytes)
@@ -216,14 +234,16 @@ def test_the_kernels_are_not_replaced_where_they_cannot_run() -> None:
     assert "ValueError: backend='triton': the logits are on cpu, the kernels need CUDA" in result.stderr
 
 
-def _on_shard(logits: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+def _on_shard(
+    logits: Tensor, targets: Tensor, backend: str, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
     calls: list[str] = []
     for name in COLLECTIVES:
         if hasattr(dist, name):
             setattr(dist, name, _counted(name, getattr(dist, name), calls))
     shard = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].clone().requires_grad_()
     logprobs, entropies = logprob_and_entropy(
-        shard, targets, group=dist.group.WORLD, entropy_grad=True, backend=backend
+        shard, targets, group=dist.group.WORLD, vocab_size=vocab_size, entropy_grad=True, backend=backend
     )
     forward = list(calls)
     calls.clear()
@@ -262,3 +282,17 @@ def test_shards_give_the_whole_answer_with_one_collective(
         assert forward == ["all_gather_single"] and backward == []
     gradient = torch.cat([grad for _, _, grad, _, _ in results], dim=-1).double()
     torch.testing.assert_close(gradient, slope, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="ranks are gloo's, on the CPU")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shards_that_are_padding_in_part_or_whole(ranks: Callable[..., list[Any]], backend: str) -> None:
+    logits, targets = example(tokens=6, vocabulary=24)
+    targets %= 10
+    expected = reference(logits[:, :10], targets)
+    results = ranks(4, _on_shard, logits, targets, backend, 10)  # 6, 4, 0 and 0 columns count
+    for logprobs, entropies, _, _, _ in results:
+        torch.testing.assert_close(logprobs.double(), expected[0], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(entropies.double(), expected[1], rtol=2e-6, atol=2e-6)
+    gradient = torch.cat([grad for _, _, grad, _, _ in results], dim=-1)
+    assert gradient[:, 10:].eq(0).all() and gradient[:, :10].sum(dim=1).abs().max() < 1e-5

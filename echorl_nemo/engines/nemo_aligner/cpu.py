@@ -1,0 +1,266 @@
+"""Every stand-in that NeMo-Aligner 0.7, NeMo 2.1 and Megatron-Core 0.10 need on a machine without a GPU; nothing else
+is replaced, and in the NGC container none of it is used.
+
+The libraries' own code runs: model, tensor and pipeline parallelism, schedules, generation, trainer, checkpoints. What
+stands in: the CUDA device (the CPU answers), NeMo's umbrella packages (their re-exports are found when they are asked
+for, so that speech and multimodal code is not imported), TensorRT-LLM and NeMo's export (absent), what apex and
+Transformer Engine give (torch's own layers and norms), Lightning's strategy (gloo in place of NCCL), and a call into
+torch's checkpoint writer that a newer torch takes differently.
+"""
+
+import ast
+import importlib
+import importlib.machinery
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+UMBRELLAS = (
+    "nemo.collections.nlp",
+    "nemo.collections.nlp.models",
+    "nemo.collections.nlp.data",
+    "nemo.collections.nlp.modules",
+    "nemo.collections.nlp.losses",
+    "nemo.collections.nlp.models.language_modeling",
+    "nemo.collections.nlp.modules.common",
+    "nemo.collections.nlp.data.language_modeling",
+    "nemo.collections.nlp.data.language_modeling.megatron",
+)
+"""Packages whose __init__ imports everything below them."""
+
+ABSENT: dict[str, tuple[str, ...]] = {
+    "tensorrt_llm": (),
+    "nemo.export": (),
+    "nemo.export.tensorrt_llm": ("TensorRTLLM",),
+    "nemo.export.trt_llm": (),
+    "nemo.export.trt_llm.tensorrt_llm_run": (),
+    "nemo.export.trt_llm.nemo_ckpt_loader": (),
+    "nemo.export.trt_llm.nemo_ckpt_loader.nemo_file": ("build_tokenizer",),
+}
+"""Modules that nemo_aligner.utils.trt_llm imports before it asks whether they are there, with the names it takes."""
+
+_installed: list[object] = []
+
+
+def install() -> None:
+    """Put the stand-ins in place, once for each process; a forked rank inherits them. Nothing where there is a GPU.
+
+    Must be called before NeMo-Aligner is imported.
+    """
+    if _installed or torch.cuda.is_available():
+        return
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")  # NeMo matches it against a pattern
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+    _replace_cuda()
+    _replace_collectives()
+    for name in UMBRELLAS:
+        _open_umbrella(name)
+    for name, attributes in ABSENT.items():
+        _make_module(name, [], {attribute: _absent(f"{name}.{attribute}") for attribute in attributes})
+    importlib.import_module("nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor")
+    _replace_random_state()
+    _replace_apex_and_transformer_engine()
+    _replace_strategy()
+    _write_checkpoints_with_new_torch()
+    logging.getLogger("nemo_logger").setLevel(logging.ERROR)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Lets `device="cuda"` in the libraries' calls mean the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+class _Stream:
+    """Everything is in order on the CPU, so there is nothing to wait for."""
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _replace_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.Stream = cuda.current_stream = lambda *args, **kwargs: _Stream()
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.mem_get_info = lambda *args, **kwargs: (0, 0)
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _returns(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, _returns(0))
+    for name in ("Float", "Long", "Byte", "Bool", "Int", "Half", "BFloat16", "Double"):
+        setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    setattr(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _replace_collectives() -> None:
+    """gloo refuses an input without dimensions, such as NeMo-Aligner's rebalance_nd_tensor gathers."""
+    gather = dist.all_gather_into_tensor
+
+    def gather_with_dimension(output: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
+        return gather(output, input_.view(1) if input_.dim() == 0 else input_, *args, **kwargs)
+
+    setattr(dist, "all_gather_into_tensor", gather_with_dimension)  # noqa: B010
+
+
+def _open_umbrella(name: str) -> None:
+    """Put a package in place of ``name`` that imports each name its own __init__ re-exports when it is asked for."""
+    import nemo.collections  # noqa: F401
+
+    folder = Path(sys.modules["nemo"].__path__[0]).joinpath(*name.split(".")[1:])
+    exports: dict[str, str] = {}
+    for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            source = f"{name}.{node.module}" if node.level else node.module
+            exports |= {alias.asname or alias.name: source for alias in node.names}
+
+    def find(attribute: str) -> Any:
+        if attribute not in exports:
+            raise AttributeError(f"{name}.{attribute}")
+        source = exports[attribute]
+        if source == name:
+            return importlib.import_module(f"{source}.{attribute}")
+        return getattr(importlib.import_module(source), attribute)
+
+    _make_module(name, [str(folder)], {"__getattr__": find})
+
+
+def _make_module(name: str, path: list[str], attributes: dict[str, Any]) -> None:
+    module = types.ModuleType(name)
+    module.__path__ = path
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    module.__spec__.submodule_search_locations = path
+    module.__dict__.update(attributes)
+    sys.modules[name] = module
+    parent, _, leaf = name.rpartition(".")
+    if parent in sys.modules:
+        setattr(sys.modules[parent], leaf, module)
+
+
+def _absent(name: str) -> type:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ImportError(f"{name} comes with the NGC container and is not on this machine; set trt_llm.enable=false")
+
+    return type(name.rpartition(".")[2], (), {"__init__": refuse})
+
+
+def _replace_random_state() -> None:
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import random
+    from nemo.collections.nlp.modules.common.megatron import megatron_init
+
+    random._set_cuda_rng_state = lambda state, device=-1: torch.set_rng_state(state)
+    seed_without_tracker = megatron_init._set_random_seed
+
+    def seed(value: int) -> None:
+        """NeMo seeds the tensor-parallel tracker only where it counts a device."""
+        seed_without_tracker(value)
+        tensor_parallel.model_parallel_cuda_manual_seed(value + 100 * megatron_init.get_pipeline_model_parallel_rank())
+
+    megatron_init._set_random_seed = seed
+
+
+def _replace_apex_and_transformer_engine() -> None:
+    """NeMo asks apex and Transformer Engine for these; Megatron-Core and torch have them too."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from nemo.collections.nlp.models import nlp_model
+    from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+    from nemo.collections.nlp.modules.common.megatron import build_model, clip_grads, utils
+    from nemo.collections.nlp.parts import nlp_overrides
+    from nemo.core.classes.modelPT import ModelPT
+
+    megatron_gpt_model.get_specs = lambda *args, **kwargs: get_gpt_layer_local_spec()
+    nlp_model.get_megatron_pretrained_bert_models = list
+    build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
+        set_defaults_if_not_set_tensor_model_parallel_attributes
+    )
+    utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
+    utils.MixedFusedRMSNorm = torch.nn.RMSNorm
+    utils.listify_model = lambda model: model if isinstance(model, list) else [model]
+    ModelPT.cuda = lambda self, *args, **kwargs: self
+    nlp_overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
+    clip_grads.amp_C = _MultiTensor
+    clip_grads.multi_tensor_applier = lambda function, buffer, lists, *args: function(lists, *args)
+
+
+class _MultiTensor:
+    """apex's amp_C, as far as NeMo's gradient clipping calls it."""
+
+    @staticmethod
+    def multi_tensor_l2norm(lists: list[list[torch.Tensor]], *args: Any) -> tuple[torch.Tensor, None]:
+        return torch.linalg.vector_norm(torch.stack([grad.norm() for grad in lists[0]])), None
+
+    @staticmethod
+    def multi_tensor_scale(lists: list[list[torch.Tensor]], factor: float) -> None:
+        for source, target in zip(*lists, strict=True):
+            target.copy_(source * factor)
+
+
+def _replace_strategy() -> None:
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from nemo.collections.nlp.parts import megatron_trainer_builder
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+
+    def gloo_strategy(self: Any) -> Any:
+        under_torchrun = TorchElasticEnvironment.detect()
+        return NLPDDPStrategy(
+            process_group_backend="gloo",
+            cluster_environment=TorchElasticEnvironment() if under_torchrun else LightningEnvironment(),
+            no_ddp_communication_hook=True,
+            find_unused_parameters=False,
+        )
+
+    megatron_trainer_builder.MegatronTrainerBuilder._training_strategy = gloo_strategy
+
+
+def _write_checkpoints_with_new_torch() -> None:
+    """Megatron-Core 0.10 calls a function of torch whose arguments have changed since."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    def write_item(stream: Any, data: Any, item: Any, key: str) -> Any:
+        transforms = filesystem._StorageWriterTransforms()
+        return filesystem._write_item(transforms, stream, data, item, key, filesystem.SerializationFormat.TORCH_SAVE)
+
+    setattr(filesystem_async, "_write_item", write_item)  # noqa: B010
