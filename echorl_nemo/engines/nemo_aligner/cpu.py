@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from echorl_nemo.engines.fused_adam import GroupStepAdamW
+
 UMBRELLAS = (
     "nemo.collections.nlp",
     "nemo.collections.nlp.models",
@@ -209,6 +211,8 @@ def _replace_apex_and_transformer_engine() -> None:
     from nemo.collections.nlp.modules.common.megatron import build_model, clip_grads, utils
     from nemo.collections.nlp.parts import nlp_overrides
     from nemo.core.classes.modelPT import ModelPT
+    from nemo.core.optim import optimizers
+    from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
     megatron_gpt_model.get_specs = lambda *args, **kwargs: get_gpt_layer_local_spec()
     nlp_model.get_megatron_pretrained_bert_models = list
@@ -219,7 +223,11 @@ def _replace_apex_and_transformer_engine() -> None:
     utils.MixedFusedRMSNorm = torch.nn.RMSNorm
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
     ModelPT.cuda = lambda self, *args, **kwargs: self
-    nlp_overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
+    nlp_overrides.HAVE_APEX = clip_grads.HAVE_APEX = optimizers.HAVE_APEX = True
+    # torch's keeps a step for each parameter, which Megatron-Core 0.10 cannot save
+    optimizers.FusedAdam = optimizers.AVAILABLE_OPTIMIZERS["adamw"] = GroupStepAdamW
+    nlp_overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
+    nlp_overrides.MegatronDistributedFusedAdam = _absent("apex.contrib.optimizers.DistributedFusedAdam")
     clip_grads.amp_C = _MultiTensor
     clip_grads.multi_tensor_applier = lambda function, buffer, lists, *args: function(lists, *args)
 

@@ -1,0 +1,96 @@
+"""Rollouts on their way through NeMo-Aligner: prompts in, one dictionary of tensors for all replicas, a share for each.
+
+Shapes: B rollouts of all replicas, S positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as megatron_parallel_state
+from megatron.core.utils import divide
+from nemo_aligner.algorithms.reinforce import ReinforceRolloutBatch
+from nemo_aligner.utils.distributed import rebalance_nd_tensor
+from torch import Tensor
+
+from echorl_nemo.data.source import read_rows
+from echorl_nemo.errors import UserError
+
+
+class GRPORolloutBatch(ReinforceRolloutBatch):
+    """Tensors by name, one row a rollout. Replicas hold the same rows until `chunk`."""
+
+    def chunk(self, rank: int, split_size: int, seed: int = 0) -> "GRPORolloutBatch":
+        """The share of replica ``rank`` of ``split_size``: a stretch of the rows. (Upstream's gives every replica all
+        of them, so that replicas train on the same minibatches; ``seed`` is of its signature.)"""
+        part = type(self)()
+        for name, values in self.data.items():
+            share = divide(len(values), split_size)
+            part[name] = values[rank * share : (rank + 1) * share].clone()
+        return part
+
+    def sorted_by_group(self) -> "GRPORolloutBatch":
+        """The rollouts of a prompt one after the other."""
+        order = torch.argsort(self.data["group_ids"], stable=True)
+        ordered = type(self)()
+        for name, values in self.data.items():
+            ordered[name] = values[order]
+        return ordered
+
+
+def gather_over_replicas(values: Tensor) -> Tensor:
+    """The concatenation over replicas, in their order, of ``values`` [rows, ...]."""
+    if values.dtype == torch.bool:  # gathered by a sum
+        return rebalance_nd_tensor(values.to(torch.uint8), megatron_parallel_state.get_data_parallel_group()).bool()
+    return rebalance_nd_tensor(values, megatron_parallel_state.get_data_parallel_group())
+
+
+def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, sequence_length: int) -> Tensor:
+    """[B, S - 1] bool: column t is True if token t + 1 is of the response; ``response_lengths`` count the prompt."""
+    tokens = torch.arange(1, sequence_length, device=prompt_lengths.device)
+    return (tokens >= prompt_lengths[:, None]) & (tokens < response_lengths[:, None])
+
+
+class PromptDataset(torch.utils.data.Dataset):
+    """Prompts with reference answers, from JSON lines or any source that `datasets` reads."""
+
+    def __init__(self, source: str, tokenizer: Any, *, longest: int, field: str) -> None:
+        """``longest``: tokens that a prompt may have. ``field`` names the config key of ``source`` in errors.
+
+        Each row has `prompt` (or `text`, upstream's word) and, where verifiers decide, `answer`. Raises UserError for a
+        bad row.
+        """
+        self.rows: list[dict[str, Any]] = []
+        for where, row in read_rows(source, subset=None, split="train", field=field):
+            text = row.get("prompt", row.get("text"))
+            if not isinstance(text, str) or not text:
+                raise UserError(f"{where}: prompt={text!r} is no text; the row has {', '.join(row)}")
+            tokens = tokenizer.text_to_ids(text)
+            if len(tokens) > longest:
+                raise UserError(
+                    f"{where}: the prompt has {len(tokens)} tokens; model.encoder_seq_length less "
+                    f"model.grpo.length_params.max_length leaves {longest}"
+                )
+            self.rows.append({"tokens": tokens, "answer": str(row.get("answer", "")), "index": len(self.rows)})
+        if not self.rows:
+            raise UserError(f"{field}={source} holds no prompt")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def collate_prompts(items: Sequence[dict[str, Any]], *, response_length: int, eos_id: int) -> dict[str, Any]:
+    """`text` [n, longest prompt + ``response_length``] padded with EOS, `length` [n], `answers`, `group_ids` [n]."""
+    lengths = [len(item["tokens"]) for item in items]
+    text = torch.full((len(items), max(lengths) + response_length), eos_id)
+    for row, item in zip(text, items, strict=True):
+        row[: len(item["tokens"])] = torch.tensor(item["tokens"])
+    return {
+        "text": text,
+        "length": torch.tensor(lengths),
+        "answers": [item["answer"] for item in items],
+        "group_ids": torch.tensor([item["index"] for item in items]),
+    }

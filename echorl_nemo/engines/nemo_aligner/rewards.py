@@ -1,0 +1,75 @@
+"""Rewards in process, behind the interface of NeMo-Aligner's remote reward model."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from nemo.utils import logging
+from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp, run_if_model_parallel_src
+from torch import Tensor
+
+from echorl_nemo.engines.nemo_aligner.config import VerifierConfig
+from echorl_nemo.rewards import Verdict, VerifierPool, find_verifier
+
+
+class InProcessRewards:
+    """Verifies on one rank of each replica, while it generates on."""
+
+    def __init__(self, config: VerifierConfig, tokenizer: Any) -> None:
+        """Raises UserError for a verifier that does not exist."""
+        assert config.name is not None
+        names = [config.name, *config.extra]
+        for name in names:
+            find_verifier(name)
+        self.tokenizer, self.failures = tokenizer, 0
+        """Verdicts that could not be reached on this rank, so far."""
+        self._pool = VerifierPool(names, workers=config.workers, timeout_seconds=config.timeout)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifiers")
+
+    def infer_rm(self, rollout_batch: Mapping[str, Any]) -> "PendingRewards":
+        """Start on a micro-batch: `response_tokens`, `prompt_lengths`, `response_lengths` and `answers`."""
+        pending = run_if_model_parallel_src(self._submit, rollout_batch)
+        return PendingRewards(self, pending)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._thread.shutdown(cancel_futures=True)
+        self._pool.close()
+
+    def _submit(self, rollout_batch: Mapping[str, Any]) -> "Future[dict[str, list[Verdict]]]":
+        pairs = [
+            (self.tokenizer.ids_to_text(tokens[start:end].tolist()), answer)
+            for tokens, start, end, answer in zip(
+                rollout_batch["response_tokens"].cpu(),
+                rollout_batch["prompt_lengths"].tolist(),
+                rollout_batch["response_lengths"].tolist(),
+                rollout_batch["answers"],
+                strict=True,
+            )
+        ]
+        return self._thread.submit(self._pool.score, pairs)
+
+    def _table(self, verdicts: Mapping[str, Sequence[Verdict]]) -> Tensor:
+        """[b, verifiers] float32, the deciding one first."""
+        for name, given in verdicts.items():
+            failed = [verdict.failure for verdict in given if verdict.failure]
+            self.failures += len(failed)
+            if failed:
+                logging.warning(f"verifier {name}: {len(failed)} of {len(given)} responses got no verdict: {failed[0]}")
+        return torch.tensor([[verdict.reward for verdict in verdicts[name]] for name in self._pool.names]).t()
+
+
+class PendingRewards:
+    """What upstream calls a future: `result()` is [b, rewards] on every rank of the replica."""
+
+    def __init__(self, rewards: InProcessRewards, pending: "Future[dict[str, list[Verdict]]] | None") -> None:
+        self._rewards, self._pending = rewards, pending
+
+    def result(self) -> Tensor:
+        table = None
+        if self._pending is not None:
+            table = self._rewards._table(self._pending.result()).contiguous().to(torch.cuda.current_device())
+        assert table is not None or parallel_state.get_model_parallel_src_rank() != torch.distributed.get_rank()
+        return broadcast_2d_tensor_within_mp(table)
