@@ -1,25 +1,34 @@
 # Two commands on a fresh machine (Debian, Python 3.11 with pip and venv; no GPU):
 #   make quickstart   an EchoRL training on the embedded Megatron-Core engine, with its report
 #   make test         the tests
-# Each first makes the virtual environment .venv, pinned by constraints.txt (about 3 minutes, once).
+# Each first makes the virtual environments that it needs (some minutes, once): .venv, pinned by constraints.txt; the tests
+# also .venv-aligner, pinned by requirements-aligner.txt, since NeMo-Aligner 0.7 lives with another Megatron-Core.
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ALIGNER := .venv-aligner
+ALIGNER_READY := $(ALIGNER)/.ready
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-main test-aligner lint clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
 	$(BIN)/echorl-nemo train --config-name quickstart trainer.run_dir=$(RUN_DIR)
 	@echo "== open $(RUN_DIR)/report.html"
 
-test: $(READY)
+test: test-main test-aligner
+
+test-main: $(READY)
 	$(BIN)/python -m pytest
+
+# the engine against the real NeMo-Aligner, and the method beside Megatron-Core 0.10
+test-aligner: $(ALIGNER_READY)
+	OMP_NUM_THREADS=1 $(ALIGNER)/bin/python -m pytest tests/engines/nemo_aligner tests/echo tests/grpo tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,5 +44,12 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
 	touch $(READY)
 
+$(ALIGNER_READY): requirements-aligner.txt
+	@echo "== making the virtual environment $(ALIGNER)"
+	$(PYTHON) -m venv $(ALIGNER)
+	$(ALIGNER)/bin/pip install --quiet $(PIP_ARGS) --no-deps --requirement requirements-aligner.txt
+	$(ALIGNER)/bin/pip install --quiet --no-deps --editable .
+	touch $(ALIGNER_READY)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ALIGNER)

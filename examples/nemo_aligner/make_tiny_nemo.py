@@ -88,7 +88,7 @@ def model_config(shape: dict[str, Any]) -> DictConfig:
             "bias": False,
             "qkv_bias": True,
             "share_embeddings_and_output_weights": False,
-            "make_vocab_size_divisible_by": 8,
+            "make_vocab_size_divisible_by": 20,  # 36 entries are padded to 40 at TP1 and TP2 alike
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "ffn_dropout": 0.0,

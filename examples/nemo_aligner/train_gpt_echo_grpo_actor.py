@@ -53,18 +53,25 @@ for name, function in {
 def main(cfg: DictConfig) -> None:
     if torch.cuda.is_available():
         mp.set_start_method("spawn", force=True)
+    trainer = make_trainer(cfg)
+    trainer.fit()
+    trainer.rm.close()
+
+
+def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
+    """Everything that `cfg` names, tied together; restored where `exp_manager` finds a checkpoint."""
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
     algorithm(cfg.model)  # what is wrong is told before a model is built
     verifier = section(cfg.get("verifier"), VerifierConfig, "verifier")
     logging.info(f"\n{OmegaConf.to_yaml(cfg)}")
 
-    trainer = resolve_and_create_trainer(cfg, "grpo")
-    exp_manager(trainer, cfg.exp_manager)
-    logger = CustomLoggerWrapper(trainer.loggers)
+    ptl_trainer = resolve_and_create_trainer(cfg, "grpo")
+    exp_manager(ptl_trainer, cfg.exp_manager)
+    logger = CustomLoggerWrapper(ptl_trainer.loggers)
     model = load_from_nemo(
         MegatronGPTEchoGRPOActorModel,
         cfg.model,
-        trainer,
+        ptl_trainer,
         strict=True,
         restore_path=cfg.pretrained_checkpoint.restore_from_path,
     )
@@ -73,23 +80,22 @@ def main(cfg: DictConfig) -> None:
         model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
             model, megatron_amp_O2=cfg.model.get("megatron_amp_O2", False)
         )
-    progress = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
-    init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
+    progress = retrieve_custom_trainer_state_dict(ptl_trainer) if ptl_trainer.ckpt_path is not None else None
+    init_distributed(ptl_trainer, model, cfg.model.get("transformer_engine", False))
 
     train, validation = (dataset(cfg, name, model.tokenizer) for name in ("train", "validation"))
-    rm: Any = reward_model(cfg, verifier, model.tokenizer)
     # NeMo plans the learning rate by a dataloader whose batches are a replica's share of an optimizer step
     share = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
-    init_using_ptl(trainer, model, torch.utils.data.DataLoader(train, batch_size=share), train)
+    init_using_ptl(ptl_trainer, model, torch.utils.data.DataLoader(train, batch_size=share), train)
     del model._train_dl
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
-    checkpoints = add_custom_checkpoint_callback(trainer, model)
+    checkpoints = add_custom_checkpoint_callback(ptl_trainer, model)
     logger.log_hyperparams(OmegaConf.to_container(cfg))
 
     grpo = cfg.model.grpo
     collate = partial(collate_prompts, response_length=grpo.length_params.max_length, eos_id=model.tokenizer.eos_id)
     loader = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
-    grpo_trainer = EchoGRPOTrainer(
+    trainer = EchoGRPOTrainer(
         cfg=cfg.trainer.grpo,
         model=model,
         optimizer=optimizer,
@@ -105,7 +111,7 @@ def main(cfg: DictConfig) -> None:
             use_random_sampler=False,
         ),
         collate_fn=collate,
-        rm=rm,
+        rm=reward_model(cfg, verifier, model.tokenizer),
         batch_iterator_cls=get_batch_iterator_cls(cfg.trainer.grpo.get("batch_iterator", {})),
         logger=logger,
         ckpt_callback=checkpoints,
@@ -113,9 +119,8 @@ def main(cfg: DictConfig) -> None:
         reward_weights=tuple(verifier.extra.values()),
     )
     if progress is not None:
-        grpo_trainer.load_state_dict(progress)
-    grpo_trainer.fit()
-    rm.close()
+        trainer.load_state_dict(progress)
+    return trainer
 
 
 def dataset(cfg: DictConfig, name: str, tokenizer: Any) -> PromptDataset:

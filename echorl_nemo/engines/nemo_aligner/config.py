@@ -104,6 +104,8 @@ def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: in
             f"trainer.grpo.num_rollouts_per_prompt={group}: a group needs rollouts to compare; use 2 or more"
         )
     trained = model_config.micro_batch_size
+    if grpo.trt_llm.enable and grpo.trt_llm.reshard:  # pipeline stages generate as further replicas
+        generated *= model_config.pipeline_model_parallel_size
     for what, count, key, divisor in (
         ("prompts of a step", prompts, "model.grpo.rollout_micro_batch_size x replicas", generated * data_parallel),
         ("rollouts of a step", rollouts, "model.global_batch_size", step),

@@ -62,6 +62,7 @@ def install() -> None:
         return
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "")  # NeMo matches it against a pattern
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # NeMo keeps its configuration in checkpoints
     warnings.filterwarnings("ignore")
     mode = _CudaMeansCpu()
     mode.__enter__()
