@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -44,7 +44,8 @@ def load_config(
     if name not in names:
         raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
     keys = known_keys(schema)
-    _check_override_keys(overrides, folders, keys)
+    free = free_keys(schema)
+    _check_override_keys(overrides, folders, keys, free)
     others = ",".join(f"file://{folder}" for folder in folders if folder != names[name])
     search: list[str] = [f"hydra.searchpath=[{others}]"] if others else []
     try:
@@ -78,8 +79,21 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path], keys: Sequence[str]) -> None:
-    """Hydra advises `+key` for a key that it does not know; here that is never right, so say what is."""
+def free_keys(schema: Any, prefix: str = "") -> list[str]:
+    """The dotted keys whose values are dictionaries of a user's own, such as `rollout.trtllm.extra`."""
+    keys = []
+    for spec in fields(schema):
+        if get_origin(spec.type) is dict:
+            keys.append(prefix + spec.name)
+        elif is_dataclass(spec.type):
+            keys += free_keys(spec.type, f"{prefix}{spec.name}.")
+    return keys
+
+
+def _check_override_keys(
+    overrides: Sequence[str], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
+) -> None:
+    """Hydra advises `+key` for a key that it does not know; here that is right for the entries of ``free`` alone."""
     groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -87,7 +101,10 @@ def _check_override_keys(overrides: Sequence[str], directories: Sequence[Path], 
         raise UserError(f"overrides {list(overrides)}: {_explain(error, keys)}") from error
     for override in parsed:
         key = override.key_or_group
-        if key not in groups and key not in keys:
+        if parent := next((name for name in free if key == name or key.startswith(f"{name}.")), None):
+            if key == parent or not override.is_add():
+                raise UserError(f"{override.input_line}: entries of {parent} are added one by one, +{parent}.key=value")
+        elif key not in groups and key not in keys:
             raise UserError(f"{override.input_line}: no such key; {nearest(key, keys)}")
 
 

@@ -24,7 +24,7 @@ from echorl_nemo.engines.megatron.config import (
 )
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import LoggerConfig
-from echorl_nemo.rollout.engine import RolloutConfig
+from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
 
 FOLDERS = sorted(str(path.relative_to(CONFIG_DIR)) for path in CONFIG_DIR.rglob("*") if path.is_dir())
 HOSTS = ("nemo_aligner",)
@@ -110,7 +110,7 @@ def test_the_papers_settings() -> None:
         ("rollout.temperature=0", "rollout.temperature=0.0 must be above 0: the rollouts of a group would be alike"),
         ("parallel.device=tpu", "parallel.device='tpu' is not known; use one of auto, cpu, cuda"),
         ("rollout.top_p=2", r"rollout.top_p=2.0 must lie in \(0, 1\]"),
-        ("rollout.engine=vllm", "rollout.engine='vllm' is not known; use megatron"),
+        ("rollout.engine=vllm", "rollout.engine='vllm' is not known; use one of megatron, trtllm"),
         ("trainer.lr", "trainer.lr"),
     ],
 )
@@ -159,7 +159,7 @@ def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
     "section",
     [
         echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
-        LoggerConfig, EvaluationConfig, AnalysisConfig,
+        LoggerConfig, EvaluationConfig, AnalysisConfig, TrtllmConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_its_docstring(section: type) -> None:
@@ -170,4 +170,14 @@ def test_every_field_has_its_docstring(section: type) -> None:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign):
             assert isinstance(following, ast.Expr), f"{section.__name__}.{ast.unparse(statement.target)}"
-    assert len(known_keys(section)) == len(fields(section))
+    assert [key for key in known_keys(section) if "." not in key] == [spec.name for spec in fields(section)]
+
+
+def test_entries_of_a_free_dictionary_are_added_one_by_one() -> None:
+    config = load(
+        "train", [*REQUIRED, "+rollout.trtllm.extra.dtype=bfloat16", "+rollout.trtllm.extra.max_beam_width=1"]
+    )
+    assert config.rollout.trtllm.extra == {"dtype": "bfloat16", "max_beam_width": 1}
+    for override in ("rollout.trtllm.extra={dtype: bfloat16}", "rollout.trtllm.extra.dtype=bfloat16"):
+        with pytest.raises(UserError, match=r"are added one by one, \+rollout.trtllm.extra.key=value"):
+            load("train", [*REQUIRED, override])

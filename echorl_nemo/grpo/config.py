@@ -10,6 +10,7 @@ AGGREGATIONS = ("rollout_mean", "token_mean", "constant")
 DENOMINATORS = ("live", "all")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACES = ("loss", "reward")
+IMPORTANCES = ("policy", "rollout")
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,11 @@ class AlgoConfig:
     kl_in: str = "loss"
     """`loss`, a term beside the policy loss; `reward`, its sum over the response taken off the reward."""
 
+    importance: str = "policy"
+    """Whose log-probs the probability ratio is taken to: `policy`, those of the scoring pass before the step's first
+    update; `rollout`, the rollout engine's own, so that the scoring pass is skipped. Then the ratio holds the mismatch
+    of engine and policy too, and the clip bounds it."""
+
     tis_cap: float | None = None
     """Truncated importance sampling: a token's loss is weighted by pi_old / pi_rollout, at most this; 2 is usual. Null
     is off. It mends the mismatch of rollout engine and policy."""
@@ -93,6 +99,7 @@ class AlgoConfig:
             "denominator": DENOMINATORS,
             "kl_estimator": KL_ESTIMATORS,
             "kl_in": KL_PLACES,
+            "importance": IMPORTANCES,
         }
         for field, allowed in words.items():
             value = getattr(self, field)
@@ -110,3 +117,8 @@ class AlgoConfig:
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise ValueError(f"algo.{field}={value} must be above 0; null is off")
+            if value is not None and self.importance == "rollout":
+                raise ValueError(
+                    f"algo.{field}={value} mends the ratio of policy and rollout engine, which algo.importance=rollout "
+                    "does not take; use null, or importance=policy"
+                )

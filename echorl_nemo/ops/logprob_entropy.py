@@ -67,6 +67,21 @@ def logprob_and_entropy(
     return logprobs.view(targets.shape), entropies.view(targets.shape)
 
 
+def entropy_and_max_logprob(
+    logits: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """[T, 2] float32 nats: the entropy of softmax(logits / temperature), and the log-prob of its likeliest entry.
+
+    ``logits`` [T, V] over the whole vocabulary, ``vocab_size`` and ``backend`` as in `logprob_and_entropy`; one pass
+    over them, no gradient. What a rollout engine can keep of the logits that it samples from.
+    """
+    scale = math.log2(math.e) / temperature
+    nowhere = torch.full((len(logits),), -1, dtype=torch.long, device=logits.device)
+    parts = _passes(backend, logits.device).partials(logits[:, :vocab_size], nowhere, scale)
+    _, log_sum, entropy, _ = _merge(parts, None, scale)
+    return torch.stack([entropy, -log_sum], dim=1)
+
+
 class _LogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

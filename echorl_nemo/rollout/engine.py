@@ -1,12 +1,52 @@
-"""What every rollout engine offers."""
+"""What every rollout engine offers, and what it asks of the trainer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.batch import RolloutBatch
+
+ENGINES = ("megatron", "trtllm")
+
+
+@dataclass(kw_only=True)
+class TrtllmConfig:
+    """TensorRT-LLM's engine, where `rollout.engine` is trtllm (docs/tensorrt_llm.md)."""
+
+    replicas: int = 1
+    """Engines, each with the whole model; rollouts are spread over them."""
+
+    tensor_parallel: int = 1
+    """GPUs of each engine, all on one node."""
+
+    colocated: bool = True
+    """Whether the engines use the trainer's GPUs and give their memory back for training."""
+
+    gpu_memory_fraction: float = 0.6
+    """Share of a GPU's free memory for the KV cache."""
+
+    max_num_tokens: int = 8192
+    """Tokens of one engine step; longer prompts are prefilled in chunks."""
+
+    refit_bucket_mb: int = 1024
+    """MiB of weights that travel at a time; so much more memory is needed meanwhile."""
+
+    max_waiting_tokens: int = 1 << 26
+    """Tokens whose entropies may wait in a worker to be collected, 24 bytes each; more is an error."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of AsyncLLM, which come last. Those under which entropies would be wrong are refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "tensor_parallel", "max_num_tokens", "refit_bucket_mb", "max_waiting_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rollout.trtllm.{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.gpu_memory_fraction < 1:
+            raise UserError(f"rollout.trtllm.gpu_memory_fraction={self.gpu_memory_fraction} must lie in (0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -14,7 +54,7 @@ class RolloutConfig:
     """How rollouts are generated."""
 
     engine: str = "megatron"
-    """Who generates: `megatron`, the policy itself with Megatron-Core's inference context."""
+    """Who generates: `megatron`, the policy itself with Megatron-Core's inference context; `trtllm`, TensorRT-LLM."""
 
     group_size: int = 8
     """G, rollouts of each prompt."""
@@ -32,12 +72,22 @@ class RolloutConfig:
     """Sample from the k likeliest tokens; 0 is off."""
 
     batch_size: int = 64
-    """Rollouts that one model replica generates at a time. The KV cache is allocated for all of them at full length:
-    2 x layers x key-value heads x head width x 2 bytes of bf16 for each token, over the tensor-parallel ranks."""
+    """Rollouts that one model replica generates at a time. With `megatron` the KV cache is allocated for all of them at
+    full length: 2 x layers x key-value heads x head width x 2 bytes of bf16 for each token, over the tensor-parallel
+    ranks."""
+
+    check_share: float = 0.01
+    """Share of the rollouts on which engine and policy are compared where that is not had for nothing: the policy
+    scores them although it need not, and TensorRT-LLM returns its largest log-probs. 0 is off."""
+
+    trtllm: TrtllmConfig = field(default_factory=TrtllmConfig)
+    """Settings of TensorRT-LLM."""
 
     def __post_init__(self) -> None:
-        if self.engine != "megatron":
-            raise UserError(f"rollout.engine={self.engine!r} is not known; use megatron")
+        if self.engine not in ENGINES:
+            raise UserError(f"rollout.engine={self.engine!r} is not known; use one of {', '.join(ENGINES)}")
+        if not 0 <= self.check_share <= 1:
+            raise UserError(f"rollout.check_share={self.check_share} must lie in [0, 1]")
         if self.temperature <= 0:
             raise UserError(
                 f"rollout.temperature={self.temperature} must be above 0: the rollouts of a group would be alike"
@@ -51,6 +101,36 @@ class RolloutConfig:
                 raise UserError(f"rollout.{name}={getattr(self, name)} must be at least 1")
 
 
+class WeightSource(Protocol):
+    """A policy whose weights an engine takes over. Every rank calls every method."""
+
+    @property
+    def device_key(self) -> str:
+        """This rank's GPU by a name that other processes on it share; `cpu` without one."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole and under its Hugging Face name, on this rank's device, one after the other."""
+        ...
+
+
+class Ranks(Protocol):
+    """The trainer's ranks, as an engine that one of them talks to needs them."""
+
+    @property
+    def main(self) -> bool:
+        """True on one rank."""
+        ...
+
+    def share_objects(self, mine: Sequence[Any]) -> list[Any]:
+        """The concatenation, in rank order, of what each rank gives."""
+        ...
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        ...
+
+
 class RolloutEngine(Protocol):
     """Generates rollouts with the policy's current weights."""
 
@@ -62,10 +142,23 @@ class RolloutEngine(Protocol):
         ``temperature`` overrides the configured one; 0 takes the likeliest token.
 
         The same ``seed`` gives the same rollouts whatever the parallel layout and batch size. Every rank gets the
-        whole batch; all fields up to ``rollout_logprobs`` are filled in.
+        whole batch; all fields up to ``responses`` are filled in, and ``rollout_logprobs`` and ``entropies`` where the
+        engine knows them.
         """
         ...
 
-    def update_weights(self, policy: object) -> None:
+    def update_weights(self, policy: WeightSource) -> None:
         """Takes over the weights of ``policy`` after an update; nothing to do where they are shared."""
+        ...
+
+    def sleep(self) -> None:
+        """Makes room for training, where the GPUs are shared."""
+        ...
+
+    def wake(self) -> None:
+        """Makes ready to generate."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started."""
         ...

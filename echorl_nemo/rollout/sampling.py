@@ -45,9 +45,14 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
 
 def rollout_uniforms(seed: int, group_id: int, member: int, count: int) -> Tensor:
     """``count`` uniforms in [0, 1), float64, of one rollout: fixed by the run's seed, its group and its place in it."""
+    generator = torch.Generator().manual_seed(rollout_seed(seed, group_id, member))
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def rollout_seed(seed: int, group_id: int, member: int) -> int:
+    """A seed of 63 bits for one rollout."""
     state = 0
     for part in (seed, group_id, member):
         # odd multiplier and increment of a 64-bit linear congruential generator (Knuth, MMIX)
         state = ((state ^ part) * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-    generator = torch.Generator().manual_seed(state >> 1)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    return state >> 1

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from benchmarks import trtllm_probe
 from benchmarks.rivals import available
 from tests.ops.test_logprob_entropy import reference, reference_gradient
+from tests.rollout import stub_trtllm
 
 
 def _results(logits: Tensor, targets: Tensor, weights: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, ...]]:
@@ -52,3 +54,13 @@ def test_a_benchmark_runs(module: str, expected: list[str], in_repository: Path)
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(text in result.stdout for text in expected)
+
+
+def test_the_probes_benchmark_runs_against_the_stub(tiny_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", str(tiny_chain / "model"), "--requests=8", "--prompt-tokens=20", "--new-tokens=16"]
+    with stub_trtllm.install():
+        assert trtllm_probe.main([*command, "--repetitions=1"]) == 0
+    assert "over 16 tokens" in capsys.readouterr().out
+    with stub_trtllm.install(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trtllm_probe, "TOLERANCE", -1.0)
+        assert trtllm_probe.main([*command, "--repetitions=1"]) == 1

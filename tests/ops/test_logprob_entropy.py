@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from echorl_nemo.ops import chunked, logprob_and_entropy
+from echorl_nemo.ops import chunked, entropy_and_max_logprob, logprob_and_entropy
 
 BACKENDS = ("chunked", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,6 +213,17 @@ def test_no_tokens(backend: str) -> None:
     assert logprobs.shape == entropies.shape == (0,)
     logprobs.sum().backward()
     assert logits.grad is not None and logits.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_and_max_logprob(backend: str, dtype: torch.dtype) -> None:
+    logits, _ = wide(5, 40, dtype)
+    logits[2, ::3] = -torch.inf
+    statistics = entropy_and_max_logprob(logits, temperature=0.7, vocab_size=37, backend=backend)
+    likeliest = logits[:, :37].argmax(dim=1)
+    logprobs, entropies = reference(logits[:, :37], likeliest, 0.7)
+    torch.testing.assert_close(statistics.double(), torch.stack([entropies, logprobs], dim=1), rtol=2e-6, atol=2e-6)
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Everything about a run that can be checked before a rank starts."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from echorl_nemo.engines.megatron.launch import outer_world
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
 from echorl_nemo.rewards import find_verifier
+from echorl_nemo.rollout.trtllm.api import refused_problems
 
 CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
@@ -72,6 +74,7 @@ def check(config: RunConfig) -> Inputs:
             problems += length_problems(config.rollout.max_new_tokens, hf_config, prompts, name)
     if train_data is not None:
         problems += packing_problems(config, train_data)
+    problems += rollout_problems(config)
     problems += run_dir_problems(config)
     if problems:
         raise UserError("\n".join(problems))
@@ -84,6 +87,8 @@ def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
     hf_config = _hf_config(config.model)
     problems = layout_problems(config.parallel, hf_config)
     tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    if config.rollout.engine != "megatron":
+        problems.append(f"rollout.engine={config.rollout.engine}: evaluations generate with megatron; use that")
     checkpoint = config.evaluation.checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         problems.append(f"evaluation.checkpoint={checkpoint}: no such folder")
@@ -183,6 +188,31 @@ def length_problems(budget: int, hf_config: PretrainedConfig, data: PromptData, 
             f"{data.longest} tokens, that is {longest}, the model has {limit} positions"
         ]
     return []
+
+
+def rollout_problems(config: RunConfig) -> list[str]:
+    """What the rollout engine cannot do, and settings that contradict each other about whose numbers are taken."""
+    rollout, algo, echorl = config.rollout, config.algo, config.echorl
+    problems = []
+    if rollout.engine == "trtllm":
+        problems += refused_problems(rollout.trtllm.extra, "rollout.trtllm.extra")
+        if importlib.util.find_spec("tensorrt_llm") is None:
+            problems.append(
+                "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "
+                "see docs/tensorrt_llm.md, or use rollout.engine=megatron"
+            )
+        needs = algo.importance == "rollout" or algo.tis_cap or algo.icepop_low or algo.icepop_high
+        if needs and rollout.temperature != 1.0:
+            problems.append(
+                f"rollout.temperature={rollout.temperature}: TensorRT-LLM's log-probs are those of temperature 1, and "
+                "algo.importance=rollout, tis_cap and icepop need those that were sampled from; use 1"
+            )
+    if algo.importance == "rollout" and echorl.enabled and echorl.entropy_source != "rollout":
+        problems.append(
+            "algo.importance=rollout skips the scoring pass, which gives the entropies of "
+            "echorl.entropy_source=policy; use entropy_source=rollout, importance=policy, or echorl=off"
+        )
+    return problems
 
 
 def packing_problems(config: RunConfig, data: PromptData) -> list[str]:

@@ -19,7 +19,7 @@ from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
-from echorl_nemo.rollout.engine import RolloutConfig
+from echorl_nemo.rollout.engine import RolloutConfig, WeightSource
 from echorl_nemo.rollout.sampling import rollout_uniforms, sample_tokens
 
 COMPACT_SHARE = 0.2
@@ -58,8 +58,17 @@ class MegatronRolloutEngine:
             mine = concatenate(parts).select(back_in_order)
         return self.parallel.share_rollouts(mine)
 
-    def update_weights(self, policy: object) -> None:
+    def update_weights(self, policy: WeightSource) -> None:
         """The weights are the policy's."""
+
+    def sleep(self) -> None:
+        """The KV cache goes with the last rollout of a batch."""
+
+    def wake(self) -> None:
+        """It comes with the first of the next."""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 @dataclass

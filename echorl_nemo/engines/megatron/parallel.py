@@ -57,6 +57,10 @@ class Parallel:
         dist.all_gather_object(gathered, list(mine), group=self.host_group)
         return [item for part in gathered for item in part]
 
+    def barrier(self) -> None:
+        """Wait for every rank of the run."""
+        dist.barrier(group=self.host_group)
+
     def share_over_replicas(self, mine: Any) -> list[Any]:
         """What each replica gives, in their order. All ranks of a replica give the same, so that every rank asks only
         its like in the other replicas."""

@@ -4,7 +4,7 @@ Shapes: N rollouts, S positions, v vocabulary columns of this tensor-parallel ra
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,17 @@ class MegatronPolicy(MegatronScorer):
         for weight, own in zip(weights, current, strict=True):
             weight.copy_(own)
         return logprobs
+
+    @property
+    def device_key(self) -> str:
+        """See `WeightSource`."""
+        device = self.parallel.device
+        return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        for name, weight in self.model.bridge.export_hf_weights([self.model.module], cpu=False, show_progress=False):
+            yield name, weight.detach().contiguous()
 
     def update(self, batch: RolloutBatch) -> dict[str, float]:
         """One optimizer step on each mini-batch of whole groups; returns the means of their metrics."""

@@ -83,6 +83,7 @@ class Trainer:
         algo, wanted = self.config.algo, self.config.trainer.prompts_per_step
         rounds = algo.dynamic_sampling_rounds if algo.dynamic_sampling else 1
         asked: list[RolloutBatch] = []
+        self.rollout.wake()
         while True:
             asked.append(self._ask(wanted))
             batch = concatenate(asked)
@@ -91,6 +92,7 @@ class Trainer:
             count = len(batch.group_ids[effective].unique())
             if count >= wanted or len(asked) >= rounds:
                 break
+        self.rollout.sleep()
         metrics = batch_metrics(batch, self.config.echorl.success_reward)
         if not algo.dynamic_sampling:
             return batch, metrics
@@ -115,14 +117,31 @@ class Trainer:
 
     def score(self, batch: RolloutBatch) -> dict[str, float]:
         """Fill in old log-probs and entropies (one pass, both from the same logits), and those of the reference policy
-        where there is a KL; returns how far the rollout engine's own numbers lie from them."""
-        batch.old_logprobs, entropies = self.policy.score(batch)
-        gaps = agreement(batch, entropies)
-        if self.config.echorl.entropy_source == "policy":
-            batch.entropies = entropies
+        where there is a KL; returns how far the rollout engine's own numbers lie from the policy's.
+
+        With `algo.importance=rollout` the engine's numbers are taken as they are, and the policy scores a sample alone.
+        """
+        if self.config.algo.importance == "rollout":
+            assert batch.rollout_logprobs is not None
+            batch.old_logprobs = batch.rollout_logprobs
+            gaps = self._compare_sample(batch)
+        else:
+            batch.old_logprobs, entropies = self.policy.score(batch)
+            gaps = agreement(batch, batch.old_logprobs, entropies)
+            if self.config.echorl.entropy_source == "policy":
+                batch.entropies = entropies
         if self.config.algo.kl_coef:
             batch.reference_logprobs = self.policy.score_reference(batch)
         return gaps
+
+    def _compare_sample(self, batch: RolloutBatch) -> dict[str, float]:
+        """How far the engine's numbers lie from the policy's, over a share of the rollouts."""
+        share = self.config.rollout.check_share
+        if not share:
+            return {}
+        count = max(1, round(share * len(batch)))
+        sample = batch.select(torch.linspace(0, len(batch) - 1, count).round().long())
+        return agreement(sample, *self.policy.score(sample))
 
     def estimate_advantages(self, batch: RolloutBatch) -> None:
         """Fill in advantages, from rewards shaped by further verifiers, length and KL where that is asked for, and who
@@ -159,12 +178,14 @@ class Trainer:
         """Sampled accuracy on the held-out prompts; empty if there are none."""
         if self.eval_data is None:
             return {}
+        self.rollout.wake()
         batch = self.rollout.generate(
             self.eval_data.all(),
             self.config.trainer.eval_group_size,
             seed=self.config.trainer.seed + EVALUATION_SEED_OFFSET,
             temperature=self.config.trainer.eval_temperature,
         )
+        self.rollout.sleep()
         verify_rollouts(batch, self.verifiers, self.parallel)
         assert batch.rewards is not None
         success = (batch.rewards >= self.config.echorl.success_reward) & batch.finished
@@ -178,7 +199,7 @@ class Trainer:
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _first_groups(group_ids: Tensor, wanted: Tensor, count: int) -> Tensor:
@@ -204,13 +225,13 @@ def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float
     }
 
 
-def agreement(batch: RolloutBatch, scored_entropies: Tensor) -> dict[str, float]:
+def agreement(batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
     """How far the rollout engine's numbers lie from the policy's scoring pass, over response tokens: mean absolute
     difference of log-probs, largest absolute difference of entropies (nats)."""
     gaps = {}
     mask = batch.response_mask
-    if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
-        difference = (batch.rollout_logprobs - batch.old_logprobs).abs()[mask]
+    if batch.rollout_logprobs is not None:
+        difference = (batch.rollout_logprobs - scored_logprobs).abs()[mask]
         gaps["rollout.logprob_gap"] = float(difference.mean()) if len(difference) else 0.0
     if batch.entropies is not None:
         difference = (batch.entropies - scored_entropies).abs()[mask]

@@ -9,13 +9,14 @@ from echorl_nemo.engines.megatron.checkpoint import Progress
 from echorl_nemo.engines.megatron.checks import Inputs, newest_checkpoint
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
-from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.parallel import initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rollout.engine import RolloutEngine
 
 
 def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
@@ -44,6 +45,7 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
         if last or _due(step, config.trainer.save_every):
             checkpoint.save(checkpoints, trainer.policy, Progress(step + 1, trainer.position))
     trainer.verifiers.close()
+    trainer.rollout.close()
     if config.trainer.export:
         trainer.policy.model.export(folder / "export")
     if recorder is not None:
@@ -66,7 +68,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
     return Trainer(
         config=config,
         policy=policy,
-        rollout=MegatronRolloutEngine(model, inputs.tokenizer, config.rollout),
+        rollout=_rollout_engine(config, inputs, model),
         verifiers=VerifierPool(
             [config.data.reward, *(extra.name for extra in config.data.extra_rewards)],
             workers=config.data.reward_workers,
@@ -75,6 +77,22 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
         train_data=inputs.train_data,
         eval_data=inputs.eval_data,
         boundary_ids=inputs.boundary_ids,
+    )
+
+
+def _rollout_engine(config: RunConfig, inputs: Inputs, model: PolicyModel) -> RolloutEngine:
+    if config.rollout.engine == "megatron":
+        return MegatronRolloutEngine(model, inputs.tokenizer, config.rollout)
+    from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
+
+    held_out = inputs.eval_data.longest if inputs.eval_data is not None else 0
+    return TrtllmRolloutEngine(
+        config.model.path,
+        inputs.tokenizer,
+        config.rollout,
+        model.parallel,
+        vocab_size=model.config.vocab_size,
+        longest_prompt=max(inputs.train_data.longest, held_out),
     )
 
 

@@ -1,0 +1,346 @@
+"""Rollouts from TensorRT-LLM's AsyncLLM, with exact entropies by the probe.
+
+Every rank of the trainer calls every method; the main rank talks to TensorRT-LLM, the others wait for the rollouts.
+
+Shapes: N rollouts, S positions (longest prompt and response).
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from echorl_nemo.data.prompts import Prompt
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.rollout.engine import Ranks, RolloutConfig, WeightSource
+from echorl_nemo.rollout.sampling import rollout_seed
+from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
+from echorl_nemo.rollout.trtllm.placement import placements
+
+CANARY_TOKENS = 8
+CANARY_TOLERANCE = 1e-3
+"""Nats by which the canary's entropies may differ from those of the logits that the engine returns."""
+MIXED = (
+    "the engine holds a mixture of old and new weights and must not generate; restart from the newest checkpoint "
+    "(trainer.resume=true)"
+)
+TOP_LOGPROB_TOLERANCE = 0.05
+"""Nats by which a checked request's largest log-probs may differ from the engine's own, which its sampler rounds."""
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """One finished request."""
+
+    tokens: list[int]
+    """Of the response."""
+    logprobs: list[float] | None
+    statistics: Tensor
+    """[tokens, 2] nats: entropy and largest log-prob."""
+    finished: bool
+    top_logprobs: list[float] | None
+    """Of a checked request: the engine's own largest log-probs."""
+
+
+class TrtllmRolloutEngine:
+    """See `RolloutEngine`."""
+
+    def __init__(
+        self,
+        model_path: str,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        ranks: Ranks,
+        *,
+        vocab_size: int,
+        longest_prompt: int,
+    ) -> None:
+        """Starts the engine on the main rank. ``vocab_size``: entries that the policy's softmax has.
+
+        Raises UserError where TensorRT-LLM is not there, RuntimeError if a guard finds that entropies could not be
+        trusted.
+        """
+        self.tokenizer, self.config, self.ranks, self.vocab_size = tokenizer, config, ranks, vocab_size
+        self.temperature = config.temperature
+        self._api: TrtllmApi | None = None
+        self._replicas: list[Any] = []
+        self._awake, self._mixed = True, False
+        self._requests = 0
+        if ranks.main:
+            self._loop = asyncio.new_event_loop()
+            self._api = load_api()
+            self._loop.run_until_complete(self._start(self._api, model_path, longest_prompt))
+
+    # ---- what every rank calls
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
+    ) -> RolloutBatch:
+        """See `RolloutEngine.generate`. The same seed gives the same rollouts on the same engine and layout."""
+        if self._mixed:
+            raise RuntimeError(MIXED)
+        made: list[RolloutBatch] = []
+        if self.ranks.main:
+            chosen = self.temperature if temperature is None else temperature
+            rows = [(prompt, member) for prompt in prompts for member in range(group_size)]
+            rollouts = self._run(self._roll_out(rows, seed, chosen))
+            made = [self._batch(rows, rollouts, chosen)]
+        batch: RolloutBatch = self.ranks.share_objects(made)[0]
+        return batch
+
+    def update_weights(self, policy: WeightSource) -> None:
+        """Send the policy's weights in buckets, GPU by GPU, as handles of memory that the trainer's ranks own.
+
+        After a failure the engine holds a mixture of old and new weights, and generates no more.
+        """
+        self.wake()
+        self._mixed, sent = True, 0
+        try:
+            for bucket in _buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
+                self._send(bucket, policy.device_key)
+                sent += len(bucket)
+            if self.ranks.main:
+                self._run(self._on_workers("echorl_refit_finish"))
+            self._mixed = False
+        finally:
+            if self._mixed:
+                logging.getLogger(__name__).critical("the refit failed after %d weights: %s", sent, MIXED)
+
+    def sleep(self) -> None:
+        """Release the GPU memory for training, where it is shared."""
+        if self._awake and self.config.trtllm.colocated and self._api is not None:
+            self._run(self._on_replicas("release", list(self._api.memory_tags)))
+        self._awake = not self.config.trtllm.colocated
+
+    def wake(self) -> None:
+        """Take the GPU memory back."""
+        if not self._awake and self._api is not None:
+            self._run(self._on_replicas("resume", list(self._api.memory_tags)))
+        self._awake = True
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        for llm in self._replicas:
+            llm.shutdown()
+        self._replicas = []
+        if self.ranks.main:
+            self._loop.close()
+
+    def waiting_tokens(self) -> int:
+        """Entropies that the workers keep for requests which nobody popped or discarded; 0 between generations."""
+        return sum(self._run(self._on_workers("echorl_waiting")))
+
+    # ---- the main rank's
+
+    async def _start(self, api: TrtllmApi, model_path: str, longest_prompt: int) -> None:
+        settings = self.config.trtllm
+        for placement in placements(settings.replicas, settings.tensor_parallel, colocated=settings.colocated):
+            arguments = llm_arguments(
+                api,
+                model=model_path,
+                tensor_parallel=settings.tensor_parallel,
+                longest_prompt=longest_prompt,
+                max_new_tokens=self.config.max_new_tokens,
+                max_batch_size=self.config.batch_size,
+                max_num_tokens=settings.max_num_tokens,
+                gpu_memory_fraction=settings.gpu_memory_fraction,
+                colocated=settings.colocated,
+                placement=placement,
+                extra=settings.extra,
+            )
+            llm = api.async_llm(**arguments)
+            await llm.setup_async()
+            self._replicas.append(llm)
+        await self.install_probe()
+        for llm in self._replicas:
+            await self._canary(llm)
+
+    async def install_probe(self) -> None:
+        """Install the probe in every worker that has none. Raises RuntimeError for an engine that it cannot watch."""
+        reports = await self._on_workers(
+            "echorl_install", self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens
+        )
+        if any(report["spec_decode"] for report in reports):
+            raise RuntimeError("the engine decodes speculatively: a step's logits are not those of one token each")
+
+    async def _canary(self, llm: Any) -> None:
+        """A short request whose logits come back: the probe must have seen the same distributions."""
+        assert self._api is not None
+        arguments = sampling_arguments(
+            self._api, temperature=self.temperature, top_p=1.0, top_k=0, max_tokens=CANARY_TOKENS,
+            stop_ids=(), seed=0, top_logprob=False,
+        )  # fmt: skip
+        prompt = self.tokenizer.encode("1")
+        parameters = self._api.sampling_params(**arguments, return_generation_logits=True, ignore_eos=True)
+        output = await llm.generate_async(inputs={"prompt_token_ids": prompt}, sampling_params=parameters)
+        result = output.outputs[0]
+        popped = await self._pop(llm, {output.request_id: (len(prompt), len(result.token_ids))})
+        logits = torch.as_tensor(result.generation_logits).reshape(len(result.token_ids), -1)
+        logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
+        expected = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
+        gap = float((popped[output.request_id][:, 0].double() - expected).abs().max())
+        if gap > CANARY_TOLERANCE:
+            raise RuntimeError(
+                f"the canary's entropies differ from its logits' by {gap:.4f} nats (at most {CANARY_TOLERANCE}): the "
+                f"probe does not fit TensorRT-LLM {self._api.version}; use echorl.entropy_source=policy and report the "
+                "version"
+            )
+
+    async def _roll_out(self, rows: Sequence[tuple[Prompt, int]], seed: int, temperature: float) -> list[_Rollout]:
+        tasks = [
+            asyncio.ensure_future(self._request(number, prompt, member, seed, temperature))
+            for number, (prompt, member) in enumerate(rows)
+        ]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:  # after a failure the others are aborted, and what the probe kept for them goes
+            if left := [task for task in tasks if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left)
+        rollouts: dict[int, _Rollout] = {}
+        for llm in self._replicas:
+            mine = [(number, output) for number, (owner, output, _) in enumerate(answers) if owner is llm]
+            lengths = {
+                output.request_id: (len(rows[number][0].tokens), len(output.outputs[0].token_ids))
+                for number, output in mine
+            }
+            popped = await self._pop(llm, lengths)
+            for number, output in mine:
+                rollouts[number] = self._rollout(output, popped[output.request_id], checked=answers[number][2])
+        return [rollouts[number] for number in range(len(rows))]
+
+    async def _request(
+        self, number: int, prompt: Prompt, member: int, seed: int, temperature: float
+    ) -> tuple[Any, Any, bool]:
+        """(replica, RequestOutput, whether its largest log-probs are checked) of one rollout."""
+        assert self._api is not None
+        self._requests += 1
+        every = round(1 / self.config.check_share) if self.config.check_share else 0
+        checked = bool(every) and self._requests % every == 0 and temperature == self.temperature == 1.0
+        parameters = self._api.sampling_params(
+            **sampling_arguments(
+                self._api,
+                temperature=temperature,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k,
+                max_tokens=self.config.max_new_tokens,
+                stop_ids=tuple(self.tokenizer.stop_ids),
+                seed=rollout_seed(seed, prompt.group_id, member) >> 32,
+                top_logprob=checked,
+            )
+        )
+        llm = self._replicas[number % len(self._replicas)]
+        pending = llm.generate_async(inputs={"prompt_token_ids": list(prompt.tokens)}, sampling_params=parameters)
+        try:
+            return llm, await pending, checked
+        except asyncio.CancelledError:
+            pending.abort()
+            await llm.collective_rpc("echorl_discard", args=([pending.request_id],))
+            raise
+
+    def _rollout(self, output: Any, statistics: Tensor, *, checked: bool) -> _Rollout:
+        result = output.outputs[0]
+        tokens = list(result.token_ids)
+        logprobs, top = _logprobs(tokens, result.logprobs)
+        if checked and top is not None:
+            gap = float((statistics[:, 1] - torch.tensor(top)).abs().max()) if tokens else 0.0
+            if gap > TOP_LOGPROB_TOLERANCE:
+                raise RuntimeError(
+                    f"request {output.request_id}: the probe's largest log-probs differ from the engine's by {gap:.3f} "
+                    f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens; entropies cannot be "
+                    "trusted"
+                )
+        return _Rollout(tokens, logprobs, statistics, result.finish_reason == "stop", top)
+
+    def _batch(
+        self, rows: Sequence[tuple[Prompt, int]], rollouts: Sequence[_Rollout], temperature: float
+    ) -> RolloutBatch:
+        prompts = torch.tensor([len(prompt.tokens) for prompt, _ in rows])
+        lengths = prompts + torch.tensor([len(rollout.tokens) for rollout in rollouts])
+        width = int(lengths.max())
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        logprobs, entropies = torch.zeros(2, len(rows), width)
+        for row, ((prompt, _), rollout) in enumerate(zip(rows, rollouts, strict=True)):
+            start, end = int(prompts[row]), int(lengths[row])
+            tokens[row, :end] = torch.tensor([*prompt.tokens, *rollout.tokens])
+            entropies[row, start:end] = rollout.statistics[:, 0]
+            if rollout.logprobs is not None:
+                logprobs[row, start:end] = torch.tensor(rollout.logprobs)
+        positions = torch.arange(width)
+        # the engine's log-probs are those of temperature 1, and the probe's entropies of the configured one
+        known = temperature == 1.0 and all(rollout.logprobs is not None for rollout in rollouts)
+        return RolloutBatch(
+            tokens=tokens,
+            response_mask=(positions >= prompts[:, None]) & (positions < lengths[:, None]),
+            lengths=lengths,
+            finished=torch.tensor([rollout.finished for rollout in rollouts]),
+            group_ids=torch.tensor([prompt.group_id for prompt, _ in rows]),
+            answers=[prompt.answer for prompt, _ in rows],
+            prompts=[prompt.text for prompt, _ in rows],
+            responses=[self.tokenizer.decode(rollout.tokens) for rollout in rollouts],
+            rollout_logprobs=logprobs if known else None,
+            entropies=entropies if temperature == self.temperature else None,
+        )
+
+    async def _pop(self, llm: Any, requests: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
+        """The statistics of finished requests; every worker of the replica closes them."""
+        answers = await llm.collective_rpc("echorl_pop", args=(requests,))
+        return {request: torch.tensor(values).view(-1, 2) for request, values in answers[0].items()}
+
+    def _send(self, bucket: Sequence[tuple[str, Tensor]], device_key: str) -> None:
+        """Let every worker take over a bucket; the ranks keep its memory until all have."""
+        handles = [(device_key, [(name, reduce_tensor(tensor)) for name, tensor in bucket])]
+        by_device = dict(self.ranks.share_objects(handles))
+        if self.ranks.main:
+            counts = self._run(self._on_workers("echorl_refit", by_device))
+            if any(count != len(bucket) for count in counts):
+                raise RuntimeError(f"refit: workers took over {counts} of a bucket's {len(bucket)} weights")
+        self.ranks.barrier()
+
+    async def _on_workers(self, method: str, *args: Any) -> list[Any]:
+        """The answers of every worker of every replica."""
+        answers = await asyncio.gather(*(llm.collective_rpc(method, args=args) for llm in self._replicas))
+        return [answer for part in answers for answer in part]
+
+    async def _on_replicas(self, method: str, *args: Any) -> None:
+        await asyncio.gather(*(getattr(llm, method)(*args) for llm in self._replicas))
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._loop.run_until_complete(work)
+
+
+def _logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | None, list[float] | None]:
+    """(the sampled tokens' log-probs, the largest ones), each None where they are not known.
+
+    ``given``: a number for each token, or a dictionary by token id of the top-K (and, in newer versions, the sampled
+    token).
+    """
+    if not given:
+        return ([], None) if not tokens else (None, None)
+    if isinstance(given[0], (int, float)):
+        return [float(value) for value in given], None
+    top = [max(float(entry.logprob) for entry in entries.values()) for entries in given]
+    if any(token not in entries for token, entries in zip(tokens, given, strict=True)):
+        return None, top
+    return [float(entries[token].logprob) for token, entries in zip(tokens, given, strict=True)], top
+
+
+def _buckets(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Weights in parts of about ``size`` bytes."""
+    bucket: list[tuple[str, Tensor]] = []
+    used = 0
+    for name, tensor in weights:
+        if bucket and used + tensor.nbytes > size:
+            yield bucket
+            bucket, used = [], 0
+        bucket.append((name, tensor))
+        used += tensor.nbytes
+    if bucket:
+        yield bucket

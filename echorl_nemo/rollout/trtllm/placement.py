@@ -1,0 +1,31 @@
+"""Where Ray puts TensorRT-LLM's workers."""
+
+from typing import Any
+
+COLOCATED_SHARE = 0.5
+"""Of a GPU in Ray's books, so that a trainer's rank, which Ray does not know, may use it too."""
+
+
+def placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[dict[str, Any]]:
+    """For each replica the AsyncLLM arguments that place it: one placement group of a bundle for each of its GPUs, on
+    one node, since weights travel by handles of GPU memory.
+
+    Joins the Ray cluster that RAY_ADDRESS names, else starts one on this node.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+
+    if not ray.is_initialized():
+        ray.init()
+    made = []
+    for _ in range(replicas):
+        group = placement_group([{"GPU": 1, "CPU": 1}] * tensor_parallel, strategy="STRICT_PACK")
+        ray.get(group.ready())
+        arguments: dict[str, Any] = {
+            "placement_groups": [group],
+            "placement_bundle_indices": [list(range(tensor_parallel))],
+        }
+        if colocated:
+            arguments["per_worker_gpu_share"] = COLOCATED_SHARE
+        made.append(arguments)
+    return made

@@ -1,0 +1,212 @@
+"""The probe: exact entropies from the logits that TensorRT-LLM samples from, kept by request and position.
+
+It wraps `forward` of PyExecutor's model engine. What that returns under "logits" are the whole vocabulary's logits
+before temperature and sampler, outside any CUDA graph: one row for each context request, then one for each generation
+request, then padding. A row is kept under the position of the token that it produces, not in the order of arrival: the
+overlap scheduler runs one step too many for a finished request, and a paused request is prefilled again, so that a
+position may be computed twice; the later row is the one that was sampled from.
+
+O(1) launches and one asynchronous copy of 8 bytes a row for each step of the engine. Imports torch and `ops` alone: it
+runs in the engine's GPU workers.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echorl_nemo.ops import entropy_and_max_logprob
+
+CLOSED = 1 << 16
+"""Requests remembered as popped or discarded: rows that come for them later are dropped."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step of the engine left; the copy to the host may still be on its way."""
+
+    requests: Tensor
+    """[R] int64, client ids."""
+    positions: Tensor
+    """[R] int64: of the produced tokens, counted from the prompt's first."""
+    statistics: Tensor
+    """[R, 2] float32: entropy and largest log-prob, nats."""
+    ready: Any
+    """A CUDA event, or None."""
+
+
+class EntropyProbe:
+    """Statistics of every token that a model engine produces, until they are popped."""
+
+    def __init__(self, model_engine: Any, *, vocab_size: int, temperature: float, max_rows: int) -> None:
+        """Wraps ``model_engine.forward``. ``max_rows``: tokens that may wait to be popped, 24 bytes each."""
+        self.vocab_size, self.temperature, self.max_rows = vocab_size, temperature, max_rows
+        self.failure = ""
+        """Why the entropies cannot be trusted; told by the next `pop`. An error raised inside the engine's loop would
+        take the engine down without a word of its cause."""
+        self._steps: deque[_Step] = deque()
+        self._rows = 0
+        self._closed: set[int] = set()
+        self._closed_order: deque[int] = deque()
+        self._model_engine = model_engine
+        self._forward: Callable[..., Any] = model_engine.forward
+        model_engine.forward = self._watched_forward
+
+    def remove(self) -> None:
+        """Take the probe off again; what waits is lost."""
+        self._model_engine.forward = self._forward
+        self._steps.clear()
+
+    def pop(self, requests: Mapping[int, tuple[int, int]]) -> dict[int, Tensor]:
+        """By client id, [tokens, 2] float32 nats: entropy and largest log-prob of each response token.
+
+        ``requests``: client id to (prompt tokens, response tokens). They are closed: what comes for them later is
+        dropped. Raises RuntimeError if a token has no row, or `failure`.
+        """
+        if self.failure:
+            raise RuntimeError(self.failure)
+        ids, positions, statistics = self._collect()
+        order = torch.tensor(sorted(requests), dtype=torch.long)
+        prompt, count = (torch.tensor([requests[i][n] for i in order.tolist()], dtype=torch.long) for n in (0, 1))
+        slot = torch.searchsorted(order, ids).clamp(max=max(0, len(order) - 1))
+        wanted = order[slot] == ids if len(order) else torch.zeros_like(ids, dtype=torch.bool)
+        start = count.cumsum(0) - count
+        offset = positions - prompt[slot] if len(order) else positions
+        inside = wanted & (offset >= 0) & (offset < (count[slot] if len(order) else 0))
+        table = torch.full((int(count.sum()), 2), torch.nan)
+        place = (start[slot] + offset)[inside] if len(order) else offset[inside]
+        latest = _last_of_each(place)
+        table[place[latest]] = statistics[inside][latest]
+        self._keep(~wanted, ids, positions, statistics)
+        self.discard(requests)
+        popped = dict(zip(order.tolist(), table.split(count.tolist()), strict=True))
+        for request, values in popped.items():
+            if missing := int(values[:, 0].isnan().sum()):
+                raise RuntimeError(
+                    f"request {request}: {missing} of its {len(values)} tokens have no entropy: the probe did not see "
+                    "the logits that they were sampled from"
+                )
+        return popped
+
+    def discard(self, requests: Iterable[int]) -> None:
+        """Close requests that nobody will pop, such as aborted ones."""
+        for request in requests:
+            self._closed.add(request)
+            self._closed_order.append(request)
+        while len(self._closed_order) > CLOSED:
+            self._closed.discard(self._closed_order.popleft())
+
+    def prune(self) -> int:
+        """Drop the rows of closed requests; returns how many rows wait then."""
+        self._keep(None, *self._collect())
+        return self._rows
+
+    def _watched_forward(self, scheduled_requests: Any, *args: Any, **kwargs: Any) -> Any:
+        # before the call: it moves the requests on
+        places = _places(scheduled_requests, _new_tensors(args, kwargs))
+        outputs = self._forward(scheduled_requests, *args, **kwargs)
+        if not self.failure:
+            self.failure = self._record(places, outputs)
+        return outputs
+
+    def _record(self, places: list[tuple[int, int | None, int]], outputs: Any) -> str:
+        """Keep a step's rows; returns what is wrong with it, if anything."""
+        if not isinstance(outputs, dict) or "logits" not in outputs:
+            return "model_engine.forward returns no logits: this TensorRT-LLM is not known, see contract.json"
+        logits = outputs["logits"]
+        if not places:
+            return ""
+        if logits.shape[-1] < self.vocab_size:
+            return (
+                f"the engine's logits have {logits.shape[-1]} columns, the vocabulary {self.vocab_size} entries: they "
+                "are split over ranks; entropies need whole rows, use echorl.entropy_source=policy"
+            )
+        rows = max(row for row, _, _ in places) + 1
+        if len(logits) < rows:
+            return f"the engine's logits have {len(logits)} rows for {rows} requests: its layout is not known"
+        if any(client is None for _, client, _ in places):
+            return "the engine's requests have no client id: entropies cannot be told apart"
+        statistics = entropy_and_max_logprob(logits[:rows], temperature=self.temperature, vocab_size=self.vocab_size)
+        index = torch.tensor([row for row, _, _ in places], device=logits.device)
+        host, ready = _to_host(statistics[index])
+        clients = torch.tensor([client for _, client, _ in places], dtype=torch.long)
+        positions = torch.tensor([position for _, _, position in places], dtype=torch.long)
+        self._steps.append(_Step(clients, positions, host, ready))
+        self._rows += len(places)
+        if self._rows > self.max_rows and self.prune() > self.max_rows:
+            return (
+                f"{self._rows} tokens wait for their entropies to be popped, more than max_rows={self.max_rows}: "
+                "finished requests are not popped, or aborted ones not discarded"
+            )
+        return ""
+
+    def _collect(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Every row that waits, in the order of the steps."""
+        for step in self._steps:
+            if step.ready is not None:
+                step.ready.synchronize()
+        steps = list(self._steps) or [_Step(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0, 2), None)]
+        return (
+            torch.cat([step.requests for step in steps]),
+            torch.cat([step.positions for step in steps]),
+            torch.cat([step.statistics for step in steps]),
+        )
+
+    def _keep(self, wanted: Tensor | None, ids: Tensor, positions: Tensor, statistics: Tensor) -> None:
+        closed = torch.isin(ids, torch.tensor(sorted(self._closed), dtype=torch.long))
+        kept = ~closed if wanted is None else wanted & ~closed
+        self._steps.clear()
+        if bool(kept.any()):
+            self._steps.append(_Step(ids[kept], positions[kept], statistics[kept], None))
+        self._rows = int(kept.sum())
+
+
+def _places(scheduled_requests: Any, new_tensors: Any) -> list[tuple[int, int | None, int]]:
+    """(row of the logits, client id, position of the token that it produces) of each request that produces one.
+
+    A chunk of a prompt that is not its last has a row too, and produces nothing. With the overlap scheduler the token
+    before may still be on the device (`py_batch_idx` is set and the call brings new tensors): the request then counts
+    one token less than it has (TensorRT-LLM, pyexecutor/model_engine.py, _prepare_tp_inputs).
+    """
+    places: list[tuple[int, int | None, int]] = []
+    row = 0
+    for request in scheduled_requests.context_requests:
+        end = request.context_current_position + request.context_chunk_size
+        if request.py_return_context_logits:
+            row += request.context_chunk_size - 1
+        if request.is_last_context_chunk:
+            places.append((row, request.py_client_id, end))
+        row += 1
+    for request in scheduled_requests.generation_requests:
+        in_flight = new_tensors is not None and request.py_batch_idx is not None
+        places.append((row, request.py_client_id, request.max_beam_num_tokens + int(in_flight)))
+        row += 1
+    return places
+
+
+def _new_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """forward(scheduled_requests, resource_manager, new_tensors_device=None, ...)."""
+    return args[1] if len(args) > 1 else kwargs.get("new_tensors_device")
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    """A copy in host memory, and the event after which it is there."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
+
+
+def _last_of_each(keys: Tensor) -> Tensor:
+    """[keys] bool: no later entry has the same key."""
+    order = torch.argsort(keys, stable=True)
+    ordered = keys[order]
+    last = torch.ones_like(keys, dtype=torch.bool)
+    last[order[:-1]] = ordered[1:] != ordered[:-1]
+    return last

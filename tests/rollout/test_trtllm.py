@@ -1,0 +1,240 @@
+"""TensorRT-LLM's adapter by itself, against the stub: guards, versions, the contract with the real thing."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from echorl_nemo.data.prompts import Prompt
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.errors import UserError
+from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
+from echorl_nemo.rollout.trtllm.api import load_api
+from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
+from tests.rollout import stub_trtllm
+from tests.rollout.stub_trtllm import AsyncLLM, Behaviour
+
+CONTRACT = Path(__file__).resolve().parents[2] / "echorl_nemo" / "rollout" / "trtllm" / "contract.json"
+
+
+class OneRank:
+    """A trainer of one rank."""
+
+    main = True
+
+    def share_objects(self, mine: Sequence[Any]) -> list[Any]:
+        return list(mine)
+
+    def barrier(self) -> None: ...
+
+
+class Weights:
+    """A policy's, as an engine takes them over."""
+
+    device_key = "cpu"
+
+    def __init__(self, **weights: Tensor) -> None:
+        self.weights = weights
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.weights.items()
+
+
+def engine(tiny_chain: Path, **settings: Any) -> TrtllmRolloutEngine:
+    path = str(tiny_chain / "model")
+    tokenizer = Tokenizer(path)
+    config = RolloutConfig(engine="trtllm", max_new_tokens=20, check_share=1.0, **settings)
+    return TrtllmRolloutEngine(path, tokenizer, config, OneRank(), vocab_size=40, longest_prompt=16)
+
+
+def prompts(made: TrtllmRolloutEngine, count: int = 6) -> list[Prompt]:
+    texts = [f"{n}a+{n + 1}b*3" + ("c+1d*7" if n % 2 else "") for n in range(count)]  # two lines of work, or four
+    return [Prompt(tuple(made.tokenizer.encode(text)), text, "0", n) for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_both_generations_of_the_api(tiny_chain: Path, old: bool) -> None:
+    with stub_trtllm.install(old=old):
+        api = load_api()
+        assert api.simple_logprobs is not old and (api.sleep_config is None) is old
+        assert api.memory_tags == ("model_weights_main", "kv_cache")
+        made = engine(tiny_chain, trtllm=TrtllmConfig(replicas=2))
+        arguments = AsyncLLM.created[0].arguments
+        assert ("enable_sleep" in arguments) is old and ("sleep_config" in arguments) is not old
+        assert arguments["max_input_len"] == 36 and arguments["per_worker_gpu_share"] == 0.5
+        batch = made.generate(prompts(made), 4, seed=3)
+        assert batch.group_ids.tolist() == [n for n in range(6) for _ in range(4)]
+        # the older generation gives the likeliest tokens' log-probs, not always the sampled one's
+        assert (batch.rollout_logprobs is None) is old
+        assert batch.entropies is not None and (batch.entropies[~batch.response_mask] == 0).all()
+        assert torch.equal(made.generate(prompts(made), 4, seed=3).tokens, batch.tokens)
+        assert not torch.equal(made.generate(prompts(made), 4, seed=4).tokens, batch.tokens)
+        made.close()
+        assert all(llm.closed for llm in AsyncLLM.created)
+
+
+def test_stop_tokens_are_kept_and_the_rest_is_truncated(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+        batch = made.generate(prompts(made), 8, seed=0)
+        last = batch.tokens[torch.arange(len(batch)), batch.lengths - 1]
+        assert torch.equal(batch.finished, torch.isin(last, torch.tensor(made.tokenizer.stop_ids)))
+        assert batch.finished.any() and not batch.finished.all()
+        assert (batch.response_lengths[~batch.finished] == 20).all()
+
+
+def test_another_temperature_keeps_no_numbers_that_are_not_its_own(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+        greedy = made.generate(prompts(made), 1, seed=0, temperature=0.0)
+        assert greedy.entropies is None and greedy.rollout_logprobs is None
+        made.close()
+    with stub_trtllm.install():
+        cooler = engine(tiny_chain, temperature=0.5)
+        batch = cooler.generate(prompts(cooler), 1, seed=0)
+        assert batch.rollout_logprobs is None and batch.entropies is not None
+        cooler.close()
+
+
+def test_bf16_and_masked_logits(tiny_chain: Path) -> None:
+    with stub_trtllm.install(Behaviour(dtype=torch.bfloat16, masked=(2, 38, 39), pause=0.2)):
+        made = engine(tiny_chain)
+        batch = made.generate(prompts(made), 8, seed=0)
+        assert batch.entropies is not None and batch.entropies.isfinite().all()
+        assert not torch.isin(batch.tokens[batch.response_mask], torch.tensor([2, 38, 39])).any()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        (Behaviour(drop_logits=True), "model_engine.forward returns no logits"),
+        (Behaviour(shard_logits=True), "the engine's logits have 20 columns, the vocabulary 40 entries"),
+        (Behaviour(no_client_ids=True), "the engine's requests have no client id"),
+        (Behaviour(spec_decode=True), "the engine decodes speculatively"),
+    ],
+)
+def test_guards_at_the_start(tiny_chain: Path, behaviour: Behaviour, message: str) -> None:
+    with stub_trtllm.install(behaviour), pytest.raises(RuntimeError, match=message):
+        engine(tiny_chain)
+
+
+def test_the_canary(tiny_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "echorl_nemo.rollout.trtllm.probe.entropy_and_max_logprob", lambda x, **_: torch.ones(len(x), 2)
+    )
+    with stub_trtllm.install(), pytest.raises(RuntimeError, match="the canary's entropies differ from its logits' by"):
+        engine(tiny_chain)
+
+
+def test_rows_of_other_requests_are_noticed(tiny_chain: Path) -> None:
+    """A lone canary cannot tell; the check of the largest log-probs can."""
+    with stub_trtllm.install(Behaviour(shift_rows=True)):
+        made = engine(tiny_chain)
+        with pytest.raises(RuntimeError, match="its rows belong to other tokens; entropies cannot be trusted"):
+            made.generate(prompts(made), 8, seed=0)
+
+
+def test_too_many_waiting_tokens(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain, trtllm=TrtllmConfig(max_waiting_tokens=100))
+        with pytest.raises(RuntimeError, match="tokens wait for their entropies to be popped, more than max_rows=100"):
+            made.generate(prompts(made), 8, seed=0)
+
+
+def test_a_request_that_fails_takes_the_others_along(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+        too_long = Prompt(tuple([3] * 60), "too long", "0", 9)
+        with pytest.raises(AssertionError):
+            made.generate([*prompts(made), too_long], 2, seed=0)
+        made.generate(prompts(made), 2, seed=0)
+        assert made.waiting_tokens() == 0
+
+
+def test_weights_are_taken_over_in_buckets(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain, trtllm=TrtllmConfig(refit_bucket_mb=1))
+        worker = AsyncLLM.created[0].worker
+        big = {f"model.layers.{n}.mlp.gate_proj.weight": torch.full((192, 64), float(n)) for n in range(2)}
+        made.update_weights(Weights(**big))
+        assert worker.engine.model_engine.model_loader.buckets == 1 and worker.engine.prefix_resets == 1
+        for name, weight in big.items():
+            assert torch.equal(worker.engine.model_engine.model.state_dict()[name], weight)
+
+
+def test_weights_for_another_gpu_only(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        made, policy = engine(tiny_chain), Weights(**{"lm_head.weight": torch.zeros(40, 64)})
+        policy.device_key = "GPU-7"
+        with pytest.raises(
+            KeyError, match=r"no weights for the worker on GPU cpu; the trainer sent some for \['GPU-7'\]"
+        ):
+            made.update_weights(policy)
+
+
+def test_a_partial_refit_is_fatal(tiny_chain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with stub_trtllm.install(Behaviour(fail_refit_after=0)):
+        made = engine(tiny_chain)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.update_weights(Weights(**{"lm_head.weight": torch.zeros(40, 64)}))
+        assert "the refit failed after 0 weights: the engine holds a mixture of old and new weights" in caplog.text
+        with pytest.raises(
+            RuntimeError, match="a mixture of old and new weights .* restart from the newest checkpoint"
+        ):
+            made.generate(prompts(made), 2, seed=0)
+
+
+def test_weights_that_a_worker_did_not_take(tiny_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+        monkeypatch.setattr(type(AsyncLLM.created[0].worker), "echorl_refit", lambda self, handles: 0)
+        with pytest.raises(RuntimeError, match=r"workers took over \[0\] of a bucket's 1 weights"):
+            made.update_weights(Weights(**{"lm_head.weight": torch.zeros(40, 64)}))
+
+
+def test_without_the_package() -> None:
+    with pytest.raises(UserError, match=r"TensorRT-LLM cannot be imported .* run in a container that carries it"):
+        load_api()
+
+
+def test_settings() -> None:
+    with pytest.raises(UserError, match="rollout.trtllm.replicas=0 must be at least 1"):
+        TrtllmConfig(replicas=0)
+    with pytest.raises(UserError, match=r"gpu_memory_fraction=1.5 must lie in \(0, 1\)"):
+        TrtllmConfig(gpu_memory_fraction=1.5)
+    with pytest.raises(UserError, match=r"rollout.check_share=2.0 must lie in \[0, 1\]"):
+        RolloutConfig(check_share=2.0)
+
+
+def test_the_contract_names_what_the_adapter_uses() -> None:
+    contract = json.loads(CONTRACT.read_text())
+    source = "".join(path.read_text() for path in CONTRACT.parent.glob("*.py"))
+    for entry in contract["names"]:
+        for name in [*entry["attributes"], *entry["parameters"]]:
+            assert name in source, f"{entry['of']}.{name} is in the contract and not used"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_llm") is None,
+    reason="TensorRT-LLM is not installed: its wheel needs a GPU machine",
+)
+def test_the_contract_holds_for_the_installed_version() -> None:
+    root = Path(importlib.util.find_spec("tensorrt_llm").submodule_search_locations[0])  # type: ignore[union-attr, index]
+    problems = []
+    for entry in json.loads(CONTRACT.read_text())["names"]:
+        files = [root / name for name in entry["files"] if (root / name).is_file()]
+        found = {
+            node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else node.arg
+            for path in files
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Name, ast.Attribute, ast.arg))
+        }
+        wanted = {*entry["attributes"], *entry["parameters"]}
+        problems += [f"{entry['of']}.{name} not in {entry['files']}" for name in sorted(wanted - found)]
+    assert not problems
