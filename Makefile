@@ -14,7 +14,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-aligner lint clean
+.PHONY: quickstart test test-main test-aligner test-nemo-rl lint clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
@@ -29,6 +29,13 @@ test-main: $(READY)
 # the engine against the real NeMo-Aligner, and the method beside Megatron-Core 0.10
 test-aligner: $(ALIGNER_READY)
 	OMP_NUM_THREADS=1 $(ALIGNER)/bin/python -m pytest tests/engines/nemo_aligner tests/echo tests/grpo tests/ops
+
+# the plug-in against a real NeMo-RL: make test-nemo-rl NEMO_RL_HOME=/opt/nemo-rl NEMO_RL_PYTHON=python
+NEMO_RL_PYTHON ?= python
+test-nemo-rl:
+	PYTHONPATH=.:$(NEMO_RL_HOME) NEMO_RL_HOME=$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest tests/engines/nemo_rl
+	PYTHONPATH=.:$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest --noconftest -p tests.engines.nemo_rl.upstream_swap \
+		$(NEMO_RL_HOME)/tests/unit/algorithms/test_loss_functions.py -k clipped_pg
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from echorl_nemo.report.logger import LoggerConfig
 from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
 
 FOLDERS = sorted(str(path.relative_to(CONFIG_DIR)) for path in CONFIG_DIR.rglob("*") if path.is_dir())
-HOSTS = ("nemo_aligner",)
+HOSTS = ("nemo_aligner", "nemo_rl")
 """Folders of hosts that compose configurations of their own, tested with their engines."""
 GROUPS = sorted(spec.name for spec in fields(RunConfig))
 BENCHMARKS = sorted(path.stem for path in (CONFIG_DIR / "benchmark").glob("*.yaml"))

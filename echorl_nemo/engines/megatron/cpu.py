@@ -92,6 +92,8 @@ def _is_cuda(device: Any) -> bool:
 class _Stream:
     """Everything is in order on the CPU, so there is nothing to wait for."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def wait_stream(self, *args: Any) -> None: ...
 
     def wait_event(self, *args: Any) -> None: ...
@@ -110,7 +112,7 @@ def _replace_cuda() -> None:
         "set_device": nothing(),
         "synchronize": nothing(),
         "empty_cache": nothing(),
-        "Stream": lambda *args, **kwargs: _Stream(),
+        "Stream": _Stream,  # a class, as others annotate with it
         "current_stream": lambda *args, **kwargs: _Stream(),
         "stream": lambda *args, **kwargs: nullcontext(),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),

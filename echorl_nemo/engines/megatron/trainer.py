@@ -122,7 +122,11 @@ class Trainer:
         With `algo.importance=rollout` the engine's numbers are taken as they are, and the policy scores a sample alone.
         """
         if self.config.algo.importance == "rollout":
-            assert batch.rollout_logprobs is not None
+            if batch.rollout_logprobs is None:
+                raise RuntimeError(
+                    "algo.importance=rollout: the rollout engine returned no log-probs of the sampled tokens (a "
+                    "TensorRT-LLM without logprobs_simple_format does not); use importance=policy"
+                )
             batch.old_logprobs = batch.rollout_logprobs
             gaps = self._compare_sample(batch)
         else:

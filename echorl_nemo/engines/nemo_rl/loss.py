@@ -1,0 +1,53 @@
+"""The loss: NeMo-RL's clipped policy-gradient loss plus the clip loss.
+
+It is pickled by reference to the training workers: torch and NeMo-RL are all that it imports.
+
+Shapes: B rollouts of a micro-batch, S positions.
+"""
+
+from typing import Any
+
+import torch
+from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
+from torch import Tensor
+
+WEIGHT = "echo_weight"
+"""[B, S] float32 of the data: what each token counts in the clip loss, see `EchoStep.weights`."""
+
+
+class EchoClippedPGLossFn(ClippedPGLossFn):
+    """`ClippedPGLossFn` + `coef` x clip loss, in the same forward and backward.
+
+    The clip loss is normalised like the gradient, by the global count of valid tokens (sequences, for a loss of that
+    type): `echo_weight` has turned that count into the clip loss's own denominator. So it is exact whatever the split
+    over replicas, the micro-batch size and the packing.
+    """
+
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
+        section = cfg["echorl"] if isinstance(cfg, dict) else cfg.echorl
+        self.echorl_coef = float(section.get("coef", 1e-3)) if section.get("enabled", True) else 0.0
+        normalizations = getattr(self, "metric_normalizations", None)
+        if normalizations is not None:  # since v0.8: how each metric was divided
+            normalizations["echorl/clip_loss"] = normalizations["loss"]
+
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: Any,
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """``next_token_logprobs`` [B, S - 1]; see `ClippedPGLossFn.__call__`. Metric `echorl/clip_loss`, nats.
+
+        Raises KeyError if the data has no `echo_weight`.
+        """
+        loss, metrics = super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks, **kwargs)
+        if not self.echorl_coef:
+            return loss, metrics
+        weight = data[WEIGHT][:, 1:].to(next_token_logprobs.dtype)
+        total = -(weight * torch.where(weight > 0, next_token_logprobs, 0.0)).sum()
+        count = global_valid_toks if self.loss_type.value == "token_level" else global_valid_seqs
+        clip = total / torch.as_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1.0)
+        return loss + self.echorl_coef * clip, {**metrics, "echorl/clip_loss": clip.item()}

@@ -1,0 +1,97 @@
+"""What the driver knows of a training step: rewards, entropies, and the EchoClips that follow from them.
+
+Shapes: N rollouts of a step, S positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echorl_nemo.echo import EchoRLConfig, segment_steps, select_clips
+
+
+class EchoStep:
+    """Filled in as a step passes through the trainer: rewards, entropies, then `weights`, which forgets both."""
+
+    def __init__(self, config: EchoRLConfig) -> None:
+        self.config = config
+        self.boundary_ids: tuple[int, ...] = ()
+        self._rewards: Tensor | None = None
+        self._group_ids: Tensor | None = None
+        self._finished: Tensor | None = None
+        self._entropies: Tensor | None = None
+
+    def saw_rewards(self, prompt_ids: Tensor, rewards: Tensor, repeated_batch: Mapping[str, Any] | None) -> None:
+        """``prompt_ids`` [N] or [N, P], alike for the rollouts of a prompt; ``rewards`` [N]. The batch may hold
+        `unshaped_total_reward` [N] and `truncated` [N]."""
+        batch = repeated_batch if repeated_batch is not None else {}
+        unshaped = batch.get("unshaped_total_reward")
+        self._rewards = torch.as_tensor(rewards if unshaped is None else unshaped).float().cpu()
+        ids = torch.as_tensor(prompt_ids).cpu()
+        self._group_ids = ids.view(len(ids), -1).unique(dim=0, return_inverse=True)[1]
+        truncated = batch.get("truncated")
+        self._finished = torch.ones(len(ids), dtype=torch.bool)
+        if truncated is not None:
+            self._finished = ~torch.as_tensor(truncated, dtype=torch.bool).cpu()
+
+    def saw_entropies(self, entropies: Tensor) -> None:
+        """[N, S] nats, aligned to the tokens that they produced."""
+        self._entropies = entropies.cpu()
+
+    def weights(
+        self, data: Mapping[str, Any], global_batch_size: int, *, token_level: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What each token counts in the clip loss, [N, S] float32, and the clips' statistics.
+
+        ``data`` as the trainer has it: `input_ids`, `token_mask` [N, S] and `sample_mask` [N]. Within each stretch of
+        ``global_batch_size`` rollouts, an optimizer step, a clip token weighs (what the loss divides by) / Z: NeMo-RL
+        divides by the valid tokens of that step, or by its valid sequences if not ``token_level``.
+
+        Raises RuntimeError if rewards or entropies of these rollouts were not seen.
+        """
+        rollouts = len(data["input_ids"])
+        rewards, finished, group_ids = self._rewards, self._finished, self._group_ids
+        entropies, self._rewards, self._entropies = self._entropies, None, None
+        if rewards is None or finished is None or group_ids is None or len(rewards) != rollouts:
+            raise RuntimeError(
+                f"EchoRL saw the rewards of {0 if rewards is None else len(rewards)} rollouts and is to train "
+                f"{rollouts}: this trainer does not estimate advantages from them; is it a GRPO trainer of NeMo-RL?"
+            )
+        if entropies is None or len(entropies) != rollouts:
+            raise RuntimeError(
+                f"EchoRL saw the entropies of {0 if entropies is None else len(entropies)} rollouts and is to train "
+                f"{rollouts}: the log-prob pass was skipped or ran on other rollouts"
+            )
+        valid = data["token_mask"].cpu().bool() & (data["sample_mask"].cpu() > 0)[:, None]
+        step_ids = segment_steps(data["input_ids"].cpu(), valid, self.boundary_ids)
+        selection = select_clips(
+            entropies[:, : step_ids.shape[1]].float(),
+            step_ids,
+            rewards=rewards,
+            finished=finished,
+            group_ids=group_ids,
+            config=self.config,
+        )
+        weights = torch.zeros(selection.mask.shape)
+        for start in range(0, rollouts, global_batch_size):
+            part = slice(start, start + global_batch_size)
+            divided = _valid_tokens(data, part) if token_level else float(data["sample_mask"][part].sum())
+            weights[part] = selection.mask[part] * (divided / max(1.0, self._count(selection.mask[part], valid[part])))
+        return weights, selection.stats
+
+    def _count(self, clips: Tensor, valid: Tensor) -> float:
+        """Z of an optimizer step."""
+        match self.config.normalizer:
+            case "clip_tokens":
+                return float(clips.sum())
+            case "response_tokens":
+                return float(valid.sum())
+            case _:
+                return float(clips.any(dim=1).sum())
+
+
+def _valid_tokens(data: Mapping[str, Any], part: slice) -> float:
+    """As NeMo-RL's workers count them: the first position has no log-prob."""
+    return float((data["token_mask"][part, 1:] * data["sample_mask"][part, None]).sum())

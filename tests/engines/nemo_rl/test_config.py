@@ -1,0 +1,84 @@
+"""Every configuration under which EchoRL would silently do nothing is refused; every recipe parses."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from echorl_nemo.engines.nemo_rl.config import echorl_config, problems
+from echorl_nemo.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parents[3] / "conf" / "nemo_rl"
+RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+GOOD: dict[str, Any] = {
+    "loss_fn": {"echorl": {"coef": 1e-3}, "force_on_policy_ratio": False},
+    "policy": {"megatron_cfg": {"enabled": True}},
+    "grpo": {"use_dynamic_sampling": False, "seq_logprob_error_threshold": None, "adv_estimator": {"name": "grpo"}},
+}
+
+
+def with_setting(key: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(GOOD)
+    *path, last = key.split(".")
+    section = config
+    for name in path:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return config
+
+
+def test_a_good_configuration_passes() -> None:
+    assert problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("loss_fn.echorl", None, "loss_fn.echorl is missing: start from a recipe of conf/nemo_rl"),
+        ("loss_fn.echorl.coeff", 1.0, "loss_fn.echorl.coeff: no such key; did you mean coef?"),
+        ("loss_fn.echorl.span", "suffix", "loss_fn.echorl.span='suffix' is not known; use one of prefix"),
+        ("loss_fn.echorl.coef", "much", "loss_fn.echorl: "),
+        ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the log-prob pass"),
+        ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
+        ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),
+        ("policy.megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true: there are no logits"),
+        ("data_plane.enabled", True, "data_plane.enabled=true: that trainer does not pass the batch"),
+        ("grpo.use_dynamic_sampling", True, "grpo.use_dynamic_sampling=true: it drops the all-correct groups"),
+        ("loss_fn.force_on_policy_ratio", True, "loss_fn.force_on_policy_ratio=true skips the log-prob pass"),
+        ("grpo.reward_scaling.enabled", True, "grpo.reward_scaling.enabled=true: success is decided on the reward"),
+        ("grpo.adv_estimator.name", "opd", "grpo.adv_estimator.name=opd distils from a teacher"),
+    ],
+)
+def test_every_guard_fires(key: str, value: Any, message: str) -> None:
+    (problem,) = problems(with_setting(key, value))
+    assert problem.startswith(message) or message in problem
+
+
+def test_a_log_prob_pass_for_the_error_threshold_is_enough() -> None:
+    config = with_setting("loss_fn.force_on_policy_ratio", True)
+    config["grpo"]["seq_logprob_error_threshold"] = 2.0
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_parses(recipe: str) -> None:
+    values = yaml.safe_load((CONFIG_DIR / f"{recipe}.yaml").read_text())
+    assert values["defaults"].startswith("/opt/nemo-rl/examples/configs/")
+    assert echorl_config(values["loss_fn"]).coef == 1e-3
+    merged = copy.deepcopy(GOOD)
+    for section in ("loss_fn", "grpo"):
+        merged[section] |= values.get(section, {})
+    merged["policy"] |= values.get("policy", {})
+    merged["policy"]["megatron_cfg"]["enabled"] = True
+    assert problems(merged) == []
+
+
+def test_there_are_recipes() -> None:
+    assert {"grpo_1.5b", "grpo_7b", "grpo_70b_vllm", "grpo_70b_trtllm"} <= set(RECIPES)
+
+
+def test_missing_is_no_typo() -> None:
+    with pytest.raises(UserError, match="loss_fn.echorl is missing"):
+        echorl_config({})
