@@ -8,7 +8,6 @@ since a common offset of the logits would cost the digits otherwise. Kept for ba
 a token; the softmax is computed again.
 """
 
-import importlib
 import math
 import os
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from echorl_nemo.ops import chunked
 from echorl_nemo.ops.chunked import compute_dtype
 
 BACKENDS = ("auto", "chunked", "triton")
@@ -162,11 +162,12 @@ def _passes(backend: str, device: torch.device) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} (or {BACKEND_VARIABLE}) is not known; use one of {', '.join(BACKENDS)}")
     if backend == "chunked" or (backend == "auto" and device.type != "cuda"):
-        return importlib.import_module("echorl_nemo.ops.chunked")
-    kernels = importlib.import_module("echorl_nemo.ops.triton_kernels")
-    if device.type != "cuda" and not kernels.INTERPRETED:
+        return chunked
+    from echorl_nemo.ops import triton_kernels  # triton is needed only here
+
+    if device.type != "cuda" and not triton_kernels.INTERPRETED:
         raise ValueError(f"backend='triton': the logits are on {device}, the kernels need CUDA; use 'chunked'")
-    return kernels
+    return triton_kernels
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

@@ -92,25 +92,12 @@ def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
     checkpoints = add_custom_checkpoint_callback(ptl_trainer, model)
     logger.log_hyperparams(OmegaConf.to_container(cfg))
 
-    grpo = cfg.model.grpo
-    collate = partial(collate_prompts, response_length=grpo.length_params.max_length, eos_id=model.tokenizer.eos_id)
-    loader = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
     trainer = EchoGRPOTrainer(
         cfg=cfg.trainer.grpo,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_dataloader_builder=partial(
-            loader, dataset=train, mbs=grpo.rollout_micro_batch_size, gbs=grpo.num_rollout_samples
-        ),
-        val_dataloader_builder=partial(
-            loader,
-            dataset=validation,
-            mbs=grpo.val_rollout_micro_batch_size,
-            gbs=grpo.num_val_samples,
-            use_random_sampler=False,
-        ),
-        collate_fn=collate,
+        **dataloaders(cfg, train, validation, model.tokenizer.eos_id),
         rm=reward_model(cfg, verifier, model.tokenizer),
         batch_iterator_cls=get_batch_iterator_cls(cfg.trainer.grpo.get("batch_iterator", {})),
         logger=logger,
@@ -126,6 +113,26 @@ def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
 def dataset(cfg: DictConfig, name: str, tokenizer: Any) -> PromptDataset:
     longest = cfg.model.encoder_seq_length - cfg.model.grpo.length_params.max_length
     return PromptDataset(cfg.data[name], tokenizer, longest=longest, field=f"data.{name}")
+
+
+def dataloaders(cfg: DictConfig, train: PromptDataset, validation: PromptDataset, eos_id: int) -> dict[str, Any]:
+    """What the trainer makes its batches of prompts with."""
+    grpo = cfg.model.grpo
+    collate = partial(collate_prompts, response_length=grpo.length_params.max_length, eos_id=eos_id)
+    loader = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
+    return {
+        "train_dataloader_builder": partial(
+            loader, dataset=train, mbs=grpo.rollout_micro_batch_size, gbs=grpo.num_rollout_samples
+        ),
+        "val_dataloader_builder": partial(
+            loader,
+            dataset=validation,
+            mbs=grpo.val_rollout_micro_batch_size,
+            gbs=grpo.num_val_samples,
+            use_random_sampler=False,
+        ),
+        "collate_fn": collate,
+    }
 
 
 def reward_model(cfg: DictConfig, verifier: VerifierConfig, tokenizer: Any) -> Any:
