@@ -111,7 +111,8 @@ def model_config(shape: dict[str, Any]) -> DictConfig:
             "activations_checkpoint_layers_per_pipeline": None,
             "tokenizer": {"library": "huggingface", "type": str(FOLDER), "use_fast": True},
             "data": {"data_prefix": None, "seq_length": shape["max_position_embeddings"], "num_workers": 0},
-            "optim": {"name": "adamw", "lr": 1e-4},
+            # what NeMo's converters leave in their files; training replaces it
+            "optim": {"name": "adamw", "lr": 1e-4, "sched": {"name": "CosineAnnealing", "warmup_steps": 500}},
         }
     )
 

@@ -51,6 +51,11 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, sequence_len
     return (tokens >= prompt_lengths[:, None]) & (tokens < response_lengths[:, None])
 
 
+def pad_to_multiple(tokens: Tensor, multiple: int, *, eos_id: int) -> Tensor:
+    """[B, S] with EOS up to the next S that ``multiple`` divides: sequence parallelism splits positions evenly."""
+    return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % multiple), value=eos_id)
+
+
 class PromptDataset(torch.utils.data.Dataset):
     """Prompts with reference answers, from JSON lines or any source that `datasets` reads."""
 
@@ -74,6 +79,12 @@ class PromptDataset(torch.utils.data.Dataset):
             self.rows.append({"tokens": tokens, "answer": str(row.get("answer", "")), "index": len(self.rows)})
         if not self.rows:
             raise UserError(f"{field}={source} holds no prompt")
+
+    def keep_whole(self, size: int) -> int:
+        """Leave out the last rows, those beyond a multiple of ``size``; returns how many."""
+        left_out = len(self.rows) % size
+        del self.rows[len(self.rows) - left_out :]
+        return left_out
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -98,6 +98,7 @@ def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: in
     prompts, group = model_config.grpo.num_rollout_samples, grpo.num_rollouts_per_prompt
     rollouts, step = prompts * group, model_config.global_batch_size
     generated, scored = model_config.grpo.rollout_micro_batch_size, model_config.grpo.forward_micro_batch_size
+    validated, validation = model_config.grpo.val_rollout_micro_batch_size, model_config.grpo.num_val_samples
     problems = []
     if group < 2:
         problems.append(
@@ -106,12 +107,17 @@ def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: in
     trained = model_config.micro_batch_size
     if grpo.trt_llm.enable and grpo.trt_llm.reshard:  # pipeline stages generate as further replicas
         generated *= model_config.pipeline_model_parallel_size
+        validated *= model_config.pipeline_model_parallel_size
     for what, count, key, divisor in (
         ("prompts of a step", prompts, "model.grpo.rollout_micro_batch_size x replicas", generated * data_parallel),
+        (
+            "prompts of a validation", validation, "model.grpo.val_rollout_micro_batch_size x replicas",
+            validated * data_parallel,
+        ),
         ("rollouts of a step", rollouts, "model.global_batch_size", step),
         ("rollouts of an optimizer step", step, "model.micro_batch_size x replicas", trained * data_parallel),
         ("rollouts of a replica", rollouts // data_parallel, "model.grpo.forward_micro_batch_size", scored),
-    ):
+    ):  # fmt: skip
         if count % divisor:
             problems.append(f"{key}={divisor} does not divide the {count} {what}")
     return problems

@@ -15,7 +15,12 @@ from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
 from echorl_nemo.echo import EchoRLConfig, boundary_ids, segment_steps, select_clips
-from echorl_nemo.engines.nemo_aligner.batch import GRPORolloutBatch, gather_over_replicas, response_mask
+from echorl_nemo.engines.nemo_aligner.batch import (
+    GRPORolloutBatch,
+    gather_over_replicas,
+    pad_to_multiple,
+    response_mask,
+)
 from echorl_nemo.engines.nemo_aligner.config import batch_problems
 from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import counted_rollouts, group_advantages, kl_estimate, overlong_penalty
@@ -103,6 +108,9 @@ class EchoGRPOTrainer(ReinforceTrainer):
         """Of the whole step's rollouts: scores, advantages and EchoClips; returned is the share of this replica, ready
         for `get_loss_and_metrics`, with the clips' statistics."""
         batch = rollout_batch
+        if self.model.cfg.get("sequence_parallel", False):
+            ranks, eos_id = self.model.cfg.tensor_model_parallel_size, self.model.tokenizer.eos_id
+            batch["response_tokens"] = pad_to_multiple(batch["response_tokens"], ranks, eos_id=eos_id)
         tokens = batch["response_tokens"]
         batch["mask"] = response_mask(batch["prompt_lengths"], batch["response_lengths"], tokens.shape[1])
         self._score(batch)

@@ -22,6 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "nemo_rl.algorithms.loss.loss_functions": ("ClippedPGLossFn",),
     "nemo_rl.distributed.ray_actor_environment_registry": ("ACTOR_ENVIRONMENT_REGISTRY",),
     "nemo_rl.models.policy.lm_policy": ("Policy",),
+    "nemo_rl.utils.venvs": ("create_local_venv_on_each_node",),
 }
 """What the driver takes hold of, by module."""
 WORKER_FILES: dict[str, tuple[str, ...]] = {
@@ -66,10 +67,17 @@ def run_script() -> Path:
 
 
 def register_worker() -> str:
-    """Our worker's name, registered for the Python environment that upstream's worker has (another would be built on
-    every node)."""
+    """Our worker's name, registered for the Python of upstream's worker.
+
+    Ray must be up. NeMo-RL makes an environment per worker name on every node when the registry holds a `uv` command;
+    under our name it would be a second of the same.
+    """
     registry = importlib.import_module("nemo_rl.distributed.ray_actor_environment_registry").ACTOR_ENVIRONMENT_REGISTRY
-    registry[WORKER] = registry[UPSTREAM_WORKER]
+    python = registry[UPSTREAM_WORKER]
+    if python.startswith("uv"):
+        venvs = importlib.import_module("nemo_rl.utils.venvs")
+        python = venvs.create_local_venv_on_each_node(py_executable=python, venv_name=UPSTREAM_WORKER)
+    registry[WORKER] = python
     return WORKER
 
 

@@ -13,9 +13,9 @@ import torch.distributed as dist  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from echorl_nemo.engines.nemo_aligner.run import make_trainer  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.trainer import EchoGRPOTrainer  # noqa: E402
 from examples.nemo_aligner.make_tiny_nemo import write_nemo  # noqa: E402
-from examples.nemo_aligner.train_gpt_echo_grpo_actor import make_trainer  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "conf" / "nemo_aligner"
 

@@ -6,7 +6,13 @@ import torch
 from nemo_aligner.algorithms.reinforce import ReinforceRolloutBatch
 from nemo_aligner.utils.ppo_utils import create_mask
 
-from echorl_nemo.engines.nemo_aligner.batch import GRPORolloutBatch, PromptDataset, collate_prompts, response_mask
+from echorl_nemo.engines.nemo_aligner.batch import (
+    GRPORolloutBatch,
+    PromptDataset,
+    collate_prompts,
+    pad_to_multiple,
+    response_mask,
+)
 from echorl_nemo.errors import UserError
 
 
@@ -50,3 +56,10 @@ def test_prompts(tmp_path: Path) -> None:
     path.write_text('{"question": "?"}\n')
     with pytest.raises(UserError, match=r"prompts.jsonl:1: prompt=None is no text; the row has question"):
         PromptDataset(str(path), Letters(), longest=1, field="data.train")
+
+
+def test_rows_are_padded_to_what_sequence_parallelism_splits() -> None:
+    tokens = torch.ones(2, 9, dtype=torch.long)
+    padded = pad_to_multiple(tokens, 4, eos_id=7)
+    assert padded.tolist() == [[1] * 9 + [7] * 3] * 2
+    assert torch.equal(pad_to_multiple(padded, 4, eos_id=7), padded)

@@ -71,8 +71,9 @@ def test_verifier_settings() -> None:
 def test_all_sizes_that_do_not_divide_are_told() -> None:
     config = load("tiny_chain", "model.global_batch_size=48", "trainer.grpo.num_rollouts_per_prompt=1")
     problems = batch_problems(config.trainer.grpo, config.model, data_parallel=3)
-    assert len(problems) == 4
+    assert len(problems) == 5
     assert problems[0].startswith("trainer.grpo.num_rollouts_per_prompt=1")
     assert "replicas=48 does not divide the 16 prompts of a step" in problems[1]
-    assert problems[2] == "model.global_batch_size=48 does not divide the 16 rollouts of a step"
-    assert "forward_micro_batch_size=16 does not divide the 5 rollouts of a replica" in problems[3]
+    assert "replicas=48 does not divide the 64 prompts of a validation" in problems[2]
+    assert problems[3] == "model.global_batch_size=48 does not divide the 16 rollouts of a step"
+    assert "forward_micro_batch_size=16 does not divide the 5 rollouts of a replica" in problems[4]

@@ -26,7 +26,8 @@ def test_the_example_trains_saves_and_goes_on(tiny_nemo: Path, tmp_path: Path) -
     run(tiny_nemo, tmp_path, "trainer.grpo.max_steps=1")
     saved = list((tmp_path / "checkpoints").glob("*step=1-consumed_samples=16*-last"))
     assert len(saved) == 1
-    output = run(tiny_nemo, tmp_path, "trainer.grpo.max_steps=2")
+    # with processes that verify
+    output = run(tiny_nemo, tmp_path, "trainer.grpo.max_steps=2", "verifier.name=math")
     assert f"Restored all states from the checkpoint at {saved[0]}" in output
     assert list((tmp_path / "checkpoints").glob("*step=2-consumed_samples=32*-last"))
     assert not list((tmp_path / "checkpoints").glob("*unfinished*"))

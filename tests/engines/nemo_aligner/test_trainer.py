@@ -31,6 +31,7 @@ def _fit(config: DictConfig) -> dict[str, Any]:
         "rollouts": records.of("train_rollouts/"),
         "optimizer": records.of("train_optim/"),
         "changed": all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)),
+        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
         "replica": parallel_state.get_data_parallel_rank(),
         "seen": seen,
     }
@@ -44,6 +45,7 @@ def test_fit(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path, l
     for result in results:
         assert len(result["rollouts"]) == 3 and len(result["optimizer"]) == 6
         assert result["changed"]
+        assert set(result["rates"]) == {1e-3}  # not by the schedule in the .nemo
         assert result["optimizer"] == results[0]["optimizer"]  # every rank reports the whole step
         for metrics in result["optimizer"]:
             assert all(torch.tensor(metrics[name]).isfinite() for name in ("loss", "clip_loss", "grad_norm"))
@@ -88,3 +90,29 @@ def test_sizes_that_do_not_divide_are_told_at_once(
     (message,) = ranks(1, _refused, config)
     assert "model.global_batch_size=12 does not divide the 32 rollouts of a step" in message
     assert "model.grpo.forward_micro_batch_size=5 does not divide the 32 rollouts of a replica" in message
+
+
+def test_too_few_prompts_are_told_at_once(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_nemo, tmp_path, "model.grpo.num_val_samples=260")
+    (message,) = ranks(1, _refused, config)
+    assert message == "data.validation: 256 prompts are fewer than model.grpo.num_val_samples=260; lower it"
+
+
+def test_epochs_of_whole_steps_and_a_schedule_over_all(
+    ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(Path("examples/tiny_chain/made/train.jsonl").read_text().splitlines(keepends=True)[:23]))
+    config = tiny_config(
+        tiny_nemo,
+        tmp_path / "run",
+        f"data.train={data}",
+        "trainer.grpo.max_epochs=2",
+        "trainer.grpo.max_steps=-1",
+        "+model.optim.sched={name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 1.0e-5}",
+    )
+    (result,) = ranks(1, _fit, config)
+    assert [metrics["rollout_size"] for metrics in result["rollouts"]] == [32] * 4
+    assert len(result["optimizer"]) == 8
+    assert result["rates"] == [pytest.approx(1e-5)] * len(result["rates"])  # at its end only now
+    assert result["optimizer"][3]["lr"] > 2e-4

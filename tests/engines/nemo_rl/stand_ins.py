@@ -154,7 +154,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "nemo_rl.distributed.model_utils": {"allgather_cp_sharded_tensor": allgather_cp_sharded_tensor},
     "nemo_rl.distributed.ray_actor_environment_registry": {
         "ACTOR_ENVIRONMENT_REGISTRY": {
-            "nemo_rl.models.policy.workers.megatron_policy_worker.MegatronPolicyWorker": "the megatron environment"
+            "nemo_rl.models.policy.workers.megatron_policy_worker.MegatronPolicyWorker": "uv run --extra mcore"
         },
     },
     "nemo_rl.models": {},
@@ -169,6 +169,9 @@ MODULES: dict[str, dict[str, Any]] = {
         "get_runtime_env_for_policy_worker": lambda name: {},
     },
     "nemo_rl.utils": {},
+    "nemo_rl.utils.venvs": {
+        "create_local_venv_on_each_node": lambda py_executable, venv_name: f"/venvs/{venv_name}/bin/python"
+    },
     "nemo_rl.utils.config": {
         "load_config": _load_config, "parse_hydra_overrides": _parse_hydra_overrides,
         "register_omegaconf_resolvers": lambda: None,

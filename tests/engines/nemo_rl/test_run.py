@@ -78,7 +78,7 @@ def test_an_all_correct_step_learns(home: Path, capsys: pytest.CaptureFixture[st
     result = json.loads(capsys.readouterr().out)
     assert result["grad"] > 0 and result["clips"] == [8.0] and result["worker"] == seams.WORKER
     registry = sys.modules["nemo_rl.distributed.ray_actor_environment_registry"].ACTOR_ENVIRONMENT_REGISTRY
-    assert registry[seams.WORKER] == "the megatron environment"
+    assert registry[seams.WORKER] == f"/venvs/{seams.UPSTREAM_WORKER}/bin/python"
     assert run.main(["--config", path, "loss_fn.echorl.enabled=false"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["grad"] == 0 and result["clips"] is None
