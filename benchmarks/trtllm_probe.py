@@ -106,7 +106,10 @@ async def largest_gap(engine: TrtllmRolloutEngine, prompts: Sequence[list[int]],
         logits = torch.as_tensor(output.outputs[0].generation_logits).reshape(len(statistics_), -1)
         logs = logits[:, : engine.vocab_size].double().log_softmax(dim=-1)
         exact = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
-        gap = max(gap, float((statistics_[:, 0].double() - exact).abs().max()))
+        difference = (statistics_[:, 0].double() - exact).abs()
+        if not bool(difference.isfinite().all()):
+            raise RuntimeError(f"request {output.request_id}: entropies or their difference are not finite")
+        gap = max(gap, float(difference.max()))
         tokens += len(statistics_)
     return gap, tokens
 

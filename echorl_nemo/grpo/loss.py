@@ -75,7 +75,11 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     token_loss, clipped = _surrogate(log_ratio, inputs, config, mask)
     dropped = torch.zeros_like(mask)
     if needs_mismatch_weights(config):
-        assert inputs.rollout_logprobs is not None
+        if inputs.rollout_logprobs is None:
+            raise ValueError(
+                "algo.tis_cap, icepop_low and icepop_high need the rollouts' log-probs, and this rollout engine gave "
+                "none; use null"
+            )
         mismatch = mismatch_weights(inputs.old_logprobs, inputs.rollout_logprobs, config)
         token_loss, dropped = token_loss * mismatch, mask & (mismatch == 0)
     surrogate = (token_loss * weights).sum()

@@ -24,7 +24,8 @@ class TrtllmConfig:
     """GPUs of each engine, all on one node."""
 
     colocated: bool = True
-    """Whether the engines use the trainer's GPUs and give their memory back for training."""
+    """Whether the engines use the trainer's GPUs and give their memory back for training. A training run needs
+    true: weights travel by handles of shared GPUs' memory."""
 
     gpu_memory_fraction: float = 0.6
     """Share of a GPU's free memory for the KV cache."""

@@ -203,6 +203,8 @@ class PyExecutor:
         self._pending: list[tuple[LlmRequest, Tensor, int]] = []
         self._random = torch.Generator().manual_seed(0)
         self.prefix_resets = 0
+        self.stale_prefixes = False
+        """Memory was released, and what its blocks held forgotten."""
         self.paused = self.extra_rows = 0
 
     @contextmanager
@@ -212,8 +214,10 @@ class PyExecutor:
 
     def reset_prefix_cache(self) -> None:
         self.prefix_resets += 1
+        self.stale_prefixes = False
 
     def step(self) -> None:
+        assert not self.stale_prefixes, "the prefix cache was used after its memory had been released"
         while self.waiting and len(self.active) < BEHAVIOUR.max_active:
             self.active.append(self.waiting.pop(0))
         self._pause_one()
@@ -318,6 +322,7 @@ class RayGPUWorker:
 
     def sleep(self, tags: list[str]) -> None:
         self.asleep |= set(tags)
+        self.engine.stale_prefixes = True
 
     def wakeup(self, tags: list[str]) -> None:
         self.asleep -= set(tags)
@@ -354,7 +359,7 @@ class RequestOutput:
 ARGUMENTS = {
     "model", "backend", "tensor_parallel_size", "max_seq_len", "max_input_len", "max_batch_size", "max_num_tokens",
     "kv_cache_config", "ray_worker_extension_cls", "placement_groups", "placement_bundle_indices",
-    "per_worker_gpu_share", "dtype",
+    "per_worker_gpu_share", "dtype", "enable_chunked_prefill",
 }  # fmt: skip
 NEW_ARGUMENTS = {"sleep_config"}
 OLD_ARGUMENTS = {"enable_sleep", "allreduce_strategy", "sampler_type"}
@@ -453,7 +458,8 @@ def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterato
     else:
         args.SleepConfig, args.ExecutorMemoryType = SleepConfig, ExecutorMemoryType
     ray: Any = modules["ray"]
-    ray.is_initialized, ray.init, ray.get = (lambda: True), (lambda: None), (lambda value: value)
+    ray.is_initialized, ray.init, ray.get = (lambda: True), (lambda: None), (lambda value, timeout=None: value)
+    ray.cluster_resources = lambda: {"GPU": 8.0}
     modules["ray.util.placement_group"].__dict__["placement_group"] = lambda bundles, strategy: types.SimpleNamespace(
         ready=lambda: True, bundles=bundles, strategy=strategy
     )

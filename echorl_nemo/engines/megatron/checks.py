@@ -196,6 +196,11 @@ def rollout_problems(config: RunConfig) -> list[str]:
     problems = []
     if rollout.engine == "trtllm":
         problems += refused_problems(rollout.trtllm.extra, "rollout.trtllm.extra")
+        if not rollout.trtllm.colocated:
+            problems.append(
+                "rollout.trtllm.colocated=false: weights travel as handles of memory on a GPU that trainer and engine "
+                "share, and engines elsewhere get none; use true"
+            )
         if importlib.util.find_spec("tensorrt_llm") is None:
             problems.append(
                 "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "

@@ -28,6 +28,7 @@ def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Plat
     first = 0
     if latest is not None:
         progress = checkpoint.load(latest, trainer.policy)
+        trainer.rollout.update_weights(trainer.policy)  # an engine of its own has started from model.path
         first, trainer.position = progress.step, progress.position
     steps, recorder = config.trainer.steps, None
     if trainer.parallel.main:

@@ -102,6 +102,7 @@ def llm_arguments(
         "max_input_len": longest_prompt + max_new_tokens,  # 1024 by default, and a paused request is prefilled again
         "max_batch_size": max_batch_size,
         "max_num_tokens": max_num_tokens,
+        "enable_chunked_prefill": True,  # a request that is prefilled again may have more than max_num_tokens
         "kv_cache_config": {"free_gpu_memory_fraction": gpu_memory_fraction},
         "ray_worker_extension_cls": "echorl_nemo.rollout.trtllm.worker_extension.EchoWorkerExtension",
         **placement,

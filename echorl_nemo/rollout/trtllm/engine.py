@@ -72,10 +72,12 @@ class TrtllmRolloutEngine:
         self._replicas: list[Any] = []
         self._awake, self._mixed = True, False
         self._requests = 0
+        devices: list[str] = []
         if ranks.main:
             self._loop = asyncio.new_event_loop()
             self._api = load_api()
-            self._loop.run_until_complete(self._start(self._api, model_path, longest_prompt))
+            devices = self._loop.run_until_complete(self._start(self._api, model_path, longest_prompt))
+        self._devices = set(ranks.share_objects(devices))
 
     # ---- what every rank calls
 
@@ -120,8 +122,13 @@ class TrtllmRolloutEngine:
 
     def wake(self) -> None:
         """Take the GPU memory back."""
-        if not self._awake and self._api is not None:
-            self._run(self._on_replicas("resume", list(self._api.memory_tags)))
+        if not self._awake:
+            if torch.cuda.is_available():  # what the trainer's allocator keeps of its last step
+                torch.cuda.empty_cache()
+            self.ranks.barrier()
+            if self._api is not None:
+                self._run(self._on_replicas("resume", list(self._api.memory_tags)))
+                self._run(self._on_workers("echorl_forget_prefixes"))
         self._awake = True
 
     def close(self) -> None:
@@ -138,7 +145,8 @@ class TrtllmRolloutEngine:
 
     # ---- the main rank's
 
-    async def _start(self, api: TrtllmApi, model_path: str, longest_prompt: int) -> None:
+    async def _start(self, api: TrtllmApi, model_path: str, longest_prompt: int) -> list[str]:
+        """Start replicas with probes; returns the workers' GPUs."""
         settings = self.config.trtllm
         for placement in placements(settings.replicas, settings.tensor_parallel, colocated=settings.colocated):
             arguments = llm_arguments(
@@ -157,17 +165,22 @@ class TrtllmRolloutEngine:
             llm = api.async_llm(**arguments)
             await llm.setup_async()
             self._replicas.append(llm)
-        await self.install_probe()
+        devices = await self.install_probe()
         for llm in self._replicas:
             await self._canary(llm)
+        return devices
 
-    async def install_probe(self) -> None:
-        """Install the probe in every worker that has none. Raises RuntimeError for an engine that it cannot watch."""
+    async def install_probe(self) -> list[str]:
+        """Install the probe in every worker that has none; returns their GPUs.
+
+        Raises RuntimeError for an engine that it cannot watch.
+        """
         reports = await self._on_workers(
             "echorl_install", self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens
         )
         if any(report["spec_decode"] for report in reports):
             raise RuntimeError("the engine decodes speculatively: a step's logits are not those of one token each")
+        return [report["device"] for report in reports]
 
     async def _canary(self, llm: Any) -> None:
         """A short request whose logits come back: the probe must have seen the same distributions."""
@@ -185,7 +198,7 @@ class TrtllmRolloutEngine:
         logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
         expected = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
         gap = float((popped[output.request_id][:, 0].double() - expected).abs().max())
-        if gap > CANARY_TOLERANCE:
+        if not gap <= CANARY_TOLERANCE:  # NaN too
             raise RuntimeError(
                 f"the canary's entropies differ from its logits' by {gap:.4f} nats (at most {CANARY_TOLERANCE}): the "
                 f"probe does not fit TensorRT-LLM {self._api.version}; use echorl.entropy_source=policy and report the "
@@ -199,11 +212,14 @@ class TrtllmRolloutEngine:
         ]
         try:
             answers = await asyncio.gather(*tasks)
-        finally:  # after a failure the others are aborted, and what the probe kept for them goes
-            if left := [task for task in tasks if not task.done()]:
-                for task in left:
-                    task.cancel()
-                await asyncio.wait(left)
+        except BaseException:  # the others are aborted, and what the probe kept for all goes
+            for task in tasks:
+                task.cancel()
+            for answer in await asyncio.gather(*tasks, return_exceptions=True):
+                if not isinstance(answer, BaseException):
+                    llm, output, _ = answer
+                    await llm.collective_rpc("echorl_discard", args=([output.request_id],))
+            raise
         rollouts: dict[int, _Rollout] = {}
         for llm in self._replicas:
             mine = [(number, output) for number, (owner, output, _) in enumerate(answers) if owner is llm]
@@ -251,7 +267,7 @@ class TrtllmRolloutEngine:
         logprobs, top = _logprobs(tokens, result.logprobs)
         if checked and top is not None:
             gap = float((statistics[:, 1] - torch.tensor(top)).abs().max()) if tokens else 0.0
-            if gap > TOP_LOGPROB_TOLERANCE:
+            if not gap <= TOP_LOGPROB_TOLERANCE:  # NaN too
                 raise RuntimeError(
                     f"request {output.request_id}: the probe's largest log-probs differ from the engine's by {gap:.3f} "
                     f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens; entropies cannot be "
@@ -296,7 +312,9 @@ class TrtllmRolloutEngine:
 
     def _send(self, bucket: Sequence[tuple[str, Tensor]], device_key: str) -> None:
         """Let every worker take over a bucket; the ranks keep its memory until all have."""
-        handles = [(device_key, [(name, reduce_tensor(tensor)) for name, tensor in bucket])]
+        handles = []
+        if device_key in self._devices:  # memory whose handle nobody opens is never freed
+            handles = [(device_key, [(name, reduce_tensor(tensor)) for name, tensor in bucket])]
         by_device = dict(self.ranks.share_objects(handles))
         if self.ranks.main:
             counts = self._run(self._on_workers("echorl_refit", by_device))

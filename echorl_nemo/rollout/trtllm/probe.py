@@ -28,12 +28,14 @@ CLOSED = 1 << 16
 class _Step:
     """What one step of the engine left; the copy to the host may still be on its way."""
 
+    rows: Tensor
+    """[R] int64: of `statistics`; chosen on the host, where it waits for nothing."""
     requests: Tensor
     """[R] int64, client ids."""
     positions: Tensor
     """[R] int64: of the produced tokens, counted from the prompt's first."""
     statistics: Tensor
-    """[R, 2] float32: entropy and largest log-prob, nats."""
+    """[rows of the step, 2] float32: entropy and largest log-prob, nats."""
     ready: Any
     """A CUDA event, or None."""
 
@@ -130,11 +132,11 @@ class EntropyProbe:
         if any(client is None for _, client, _ in places):
             return "the engine's requests have no client id: entropies cannot be told apart"
         statistics = entropy_and_max_logprob(logits[:rows], temperature=self.temperature, vocab_size=self.vocab_size)
-        index = torch.tensor([row for row, _, _ in places], device=logits.device)
-        host, ready = _to_host(statistics[index])
+        host, ready = _to_host(statistics)
+        index = torch.tensor([row for row, _, _ in places])
         clients = torch.tensor([client for _, client, _ in places], dtype=torch.long)
         positions = torch.tensor([position for _, _, position in places], dtype=torch.long)
-        self._steps.append(_Step(clients, positions, host, ready))
+        self._steps.append(_Step(index, clients, positions, host, ready))
         self._rows += len(places)
         if self._rows > self.max_rows and self.prune() > self.max_rows:
             return (
@@ -148,11 +150,12 @@ class EntropyProbe:
         for step in self._steps:
             if step.ready is not None:
                 step.ready.synchronize()
-        steps = list(self._steps) or [_Step(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0, 2), None)]
+        none = torch.zeros(0, dtype=torch.long)
+        steps = list(self._steps) or [_Step(none, none, none, torch.zeros(0, 2), None)]
         return (
             torch.cat([step.requests for step in steps]),
             torch.cat([step.positions for step in steps]),
-            torch.cat([step.statistics for step in steps]),
+            torch.cat([step.statistics[step.rows] for step in steps]),
         )
 
     def _keep(self, wanted: Tensor | None, ids: Tensor, positions: Tensor, statistics: Tensor) -> None:
@@ -160,7 +163,7 @@ class EntropyProbe:
         kept = ~closed if wanted is None else wanted & ~closed
         self._steps.clear()
         if bool(kept.any()):
-            self._steps.append(_Step(ids[kept], positions[kept], statistics[kept], None))
+            self._steps.append(_Step(torch.arange(int(kept.sum())), ids[kept], positions[kept], statistics[kept], None))
         self._rows = int(kept.sum())
 
 

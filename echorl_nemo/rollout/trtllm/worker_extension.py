@@ -64,7 +64,7 @@ class EchoWorkerExtension:
         """
         device = self.echorl_device()
         if device not in handles:
-            raise KeyError(f"no weights for the worker on GPU {device}; the trainer sent some for {sorted(handles)}")
+            raise KeyError(f"no weights for the worker on GPU {device}: no rank of the trainer is on it")
         weights = {name: self._rebuild(*handle) for name, handle in handles[device]}
         model_engine = self.engine.model_engine
         with self.engine.control_action():
@@ -87,6 +87,11 @@ class EchoWorkerExtension:
             _call_hooks(model, "post_load_weights")
             self.engine.reset_prefix_cache()
             self._echorl_refitting = False
+
+    def echorl_forget_prefixes(self) -> None:
+        """After memory was released: the cache's blocks are back, what they held is not."""
+        with self.engine.control_action():
+            self.engine.reset_prefix_cache()
 
     @property
     def _probe(self) -> EntropyProbe:

@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from echorl_nemo.config import to_yaml
 from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.checks import check, world_size
 from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.trainer import Trainer
+from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import UserError
+from echorl_nemo.report.logger import METRICS_FILE, read_lines
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
-from tests.engines.megatron.helpers import LAYOUTS, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config, trainer_of
 from tests.rollout import stub_trtllm
 from tests.rollout.stub_trtllm import Behaviour
 
@@ -113,7 +117,7 @@ def _train(config: RunConfig, behaviour: Behaviour) -> dict[str, Any]:
         result = {
             "metrics": [metrics for metrics, _ in steps],
             "tokens": steps[-1][1].tokens,
-            "refits": llm.worker.engine.prefix_resets if llm else 0,
+            "resets": llm.worker.engine.prefix_resets if llm else 0,
             "waiting": engine_of(trainer).waiting_tokens() if llm else 0,
         }
         trainer.rollout.close()
@@ -125,7 +129,7 @@ def test_training_with_trusted_rollouts(ranks: Callable[..., list[Any]], layout:
     overrides = [*TRUSTED, "trainer.lr=1e-3", "rollout.check_share=0.1", "rollout.trtllm.refit_bucket_mb=1"]
     config = config_of(*overrides, *LAYOUTS[layout])
     results = ranks(world_size(config), _train, config, HARD)
-    assert results[0]["refits"] == 3 and results[0]["waiting"] == 0 and results[0]["closed"]
+    assert results[0]["resets"] == 6 and results[0]["waiting"] == 0 and results[0]["closed"]
     for result in results:
         assert torch.equal(result["tokens"], results[0]["tokens"])
         for metrics in result["metrics"]:  # the gaps of later steps are small only if the weights were taken over
@@ -171,14 +175,32 @@ def _colocated(config: RunConfig) -> list[bool]:
         trainer.policy.update = watched  # type: ignore[method-assign]
         for _ in range(2):
             trainer.step()
+        trainer.rollout.sleep()
+        trainer.rollout.wake()
+        trainer.roll_out()  # the stub refuses to use what the cache held before
+        trainer.rollout.wake()
         return [*seen, bool(llm.worker.asleep)]
 
 
-@pytest.mark.parametrize("colocated", [True, False])
-def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any]], colocated: bool) -> None:
-    config = config_of(*TRTLLM, f"rollout.trtllm.colocated={colocated}")
-    ((*training, after),) = ranks(1, _colocated, config)
-    assert training == [colocated] * 2 and after is False
+def _run(config: RunConfig) -> None:
+    with stub_trtllm.install():
+        run_rank(config, to_yaml(config), check(config), PLATFORM)
+
+
+def test_a_resumed_run_generates_with_its_own_weights(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    overrides = [
+        *TRTLLM, f"trainer.run_dir={tmp_path}", "trainer.export=false", "data.eval=null", "trainer.lr=1e-2",
+        "rollout.check_share=0.5", "echorl.entropy_source=rollout",
+    ]  # fmt: skip
+    ranks(1, _run, config_of(*overrides, "trainer.steps=2"))
+    ranks(1, _run, config_of(*overrides, "trainer.steps=3", "trainer.resume=true"))
+    gaps = [row["rollout.entropy_gap"] for row in read_lines(tmp_path / METRICS_FILE)]
+    assert len(gaps) == 3 and max(gaps) < 1e-4
+
+
+def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any]]) -> None:
+    ((*training, after),) = ranks(1, _colocated, config_of(*TRTLLM))
+    assert training == [True] * 2 and after is False
 
 
 @pytest.mark.parametrize(
@@ -189,6 +211,7 @@ def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any
         (["+rollout.trtllm.extra.max_beam_width=4"], "max_beam_width=4: beams share a request; leave it out"),
         (["+rollout.trtllm.extra.enable_attention_dp=true"], "enable_attention_dp=True: with attention data"),
         (["+rollout.trtllm.extra.orchestrator_type=rpc"], "orchestrator_type='rpc': the probe is mixed into Ray"),
+        (["rollout.trtllm.colocated=false"], "rollout.trtllm.colocated=false: weights travel as handles"),
         (["rollout.temperature=0.7", "algo.importance=rollout"], "rollout.temperature=0.7: TensorRT-LLM's log-probs"),
         (["algo.importance=rollout"], "algo.importance=rollout skips the scoring pass"),
     ],
