@@ -103,10 +103,7 @@ async def largest_gap(engine: TrtllmRolloutEngine, prompts: Sequence[list[int]],
     gap, tokens = 0.0, 0
     for output in outputs:
         statistics_ = popped[output.request_id]
-        logits = torch.as_tensor(output.outputs[0].generation_logits).reshape(len(statistics_), -1)
-        logs = logits[:, : engine.vocab_size].double().log_softmax(dim=-1)
-        exact = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
-        difference = (statistics_[:, 0].double() - exact).abs()
+        difference = (statistics_[:, 0].double() - engine.exact_entropies(output.outputs[0])).abs()
         if not bool(difference.isfinite().all()):
             raise RuntimeError(f"request {output.request_id}: entropies or their difference are not finite")
         gap = max(gap, float(difference.max()))

@@ -26,25 +26,6 @@ from torch import Tensor
 
 
 @dataclass
-class SamplingParams:
-    """Of the newer generation; the older one lacks `logprobs_simple_format`."""
-
-    n: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int = 32
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
-    detokenize: bool = True
-    seed: int | None = None
-    logprobs: int | None = None
-    return_generation_logits: bool = False
-    ignore_eos: bool = False
-    logprobs_simple_format: bool = False
-
-
-@dataclass
 class OldSamplingParams:
     n: int = 1
     temperature: float | None = None
@@ -58,6 +39,13 @@ class OldSamplingParams:
     logprobs: int | None = None
     return_generation_logits: bool = False
     ignore_eos: bool = False
+
+
+@dataclass
+class SamplingParams(OldSamplingParams):
+    """Of the newer generation."""
+
+    logprobs_simple_format: bool = False
 
 
 @dataclass

@@ -194,9 +194,7 @@ class TrtllmRolloutEngine:
         output = await llm.generate_async(inputs={"prompt_token_ids": prompt}, sampling_params=parameters)
         result = output.outputs[0]
         popped = await self._pop(llm, {output.request_id: (len(prompt), len(result.token_ids))})
-        logits = torch.as_tensor(result.generation_logits).reshape(len(result.token_ids), -1)
-        logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
-        expected = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
+        expected = self.exact_entropies(result)
         gap = float((popped[output.request_id][:, 0].double() - expected).abs().max())
         if not gap <= CANARY_TOLERANCE:  # NaN too
             raise RuntimeError(
@@ -204,6 +202,12 @@ class TrtllmRolloutEngine:
                 f"probe does not fit TensorRT-LLM {self._api.version}; use echorl.entropy_source=policy and report the "
                 "version"
             )
+
+    def exact_entropies(self, result: Any) -> Tensor:
+        """[tokens] nats in float64, from the logits that came back with a request's output."""
+        logits = torch.as_tensor(result.generation_logits).reshape(len(result.token_ids), -1)
+        logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
+        return -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
 
     async def _roll_out(self, rows: Sequence[tuple[Prompt, int]], seed: int, temperature: float) -> list[_Rollout]:
         tasks = [
