@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from echorl_nemo.echo import EchoRLConfig, segment_steps, select_clips
-from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig, TrainerConfig
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
 from echorl_nemo.grpo import AlgoConfig, counted_rollouts, group_advantages
 from echorl_nemo.ops import chunked
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import ModelConfig, ParallelConfig, TrainerConfig
 
 NEWLINE = 1
 GROUP_SIZE = 4

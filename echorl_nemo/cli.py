@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
-    from echorl_nemo.engines.megatron.config import RunConfig
     from echorl_nemo.engines.megatron.run import train
+    from echorl_nemo.schema import RunConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
     if options.cfg:
@@ -60,8 +60,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _examine(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
-    from echorl_nemo.engines.megatron.config import EvaluateConfig
     from echorl_nemo.engines.megatron.run import analyze, evaluate
+    from echorl_nemo.schema import EvaluateConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=EvaluateConfig)
     if options.cfg:

@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from echorl_nemo.engines.megatron.config import EvaluateConfig, RunConfig
 from echorl_nemo.errors import UserError, nearest
+from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 _CHECKOUT = Path(__file__).resolve().parents[1] / "conf"
 CONFIG_DIR = _CHECKOUT if _CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "echorl_nemo" / "conf"

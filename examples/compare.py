@@ -27,12 +27,13 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.megatron.checks import check, world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import RunConfig
 
 HERE = Path(__file__).resolve().parent
 

@@ -13,23 +13,25 @@ import yaml
 from echorl_nemo import echo, grpo
 from echorl_nemo.config import CONFIG_DIR, known_keys, load_config, to_yaml
 from echorl_nemo.data.prompts import DataConfig
-from echorl_nemo.engines.megatron.config import (
+from echorl_nemo.errors import UserError
+from echorl_nemo.report.logger import LoggerConfig
+from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
+from echorl_nemo.schema import (
     AnalysisConfig,
+    ClusterConfig,
     EvaluateConfig,
     EvaluationConfig,
+    LayoutConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
     TrainerConfig,
 )
-from echorl_nemo.errors import UserError
-from echorl_nemo.report.logger import LoggerConfig
-from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
 
 FOLDERS = sorted(str(path.relative_to(CONFIG_DIR)) for path in CONFIG_DIR.rglob("*") if path.is_dir())
 HOSTS = ("nemo_aligner", "nemo_rl")
 """Folders of hosts that compose configurations of their own, tested with their engines."""
-GROUPS = sorted(spec.name for spec in fields(RunConfig))
+GROUPS = sorted(spec.name for spec in fields(RunConfig) if is_dataclass(spec.type))
 BENCHMARKS = sorted(path.stem for path in (CONFIG_DIR / "benchmark").glob("*.yaml"))
 load = partial(load_config, schema=RunConfig)
 
@@ -72,6 +74,8 @@ def test_every_option_of_every_group_parses(group: str, option: str) -> None:
     config = load("train", [f"{group}={option}", *REQUIRED])
     text = (CONFIG_DIR / group / f"{option}.yaml").read_text()
     for key, value in (yaml.safe_load(text) or {}).items():
+        if key == "layouts":
+            value = {gpus: LayoutConfig(**layout) for gpus, layout in value.items()}
         if key != "defaults" and not isinstance(value, str):
             assert getattr(getattr(config, group), key) == value
     assert text.startswith("#") or len(text) < 120  # says what it is for
@@ -106,8 +110,11 @@ def test_the_papers_settings() -> None:
         ("echorl.coef=much", "'much' of type 'str' could not be converted to Float"),
         ("echorl.coef=-1", "echorl.coef=-1.0 is negative"),
         ("echorl.scope=everything", "echorl.scope='everything' is not known; use one of success, degenerate"),
-        ("parallel.tensor=0", "parallel.tensor=0 must be at least 1"),
+        ("parallel.tensor=-1", "parallel.tensor=-1 must be at least 0"),
         ("rollout.temperature=0", "rollout.temperature=0.0 must be above 0: the rollouts of a group would be alike"),
+        ("engine=verl", "engine='verl' is not known; use one of megatron, nemo_aligner, nemo_rl"),
+        ("trainer.recompute=some", "trainer.recompute='some' is not known; use one of none, selective, full"),
+        ("cluster.mfu=40", r"cluster.mfu=40.0 must lie in \(0, 1\]"),
         ("parallel.device=tpu", "parallel.device='tpu' is not known; use one of auto, cpu, cuda"),
         ("rollout.top_p=2", r"rollout.top_p=2.0 must lie in \(0, 1\]"),
         ("rollout.engine=vllm", "rollout.engine='vllm' is not known; use one of megatron, trtllm"),
@@ -159,7 +166,7 @@ def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
     "section",
     [
         echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
-        LoggerConfig, EvaluationConfig, AnalysisConfig, TrtllmConfig,
+        LoggerConfig, EvaluationConfig, AnalysisConfig, TrtllmConfig, ClusterConfig, LayoutConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_its_docstring(section: type) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import torch
 from omegaconf import MISSING
 
 from echorl_nemo.data.source import read_rows
+from echorl_nemo.data.templates import compile_template, render
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
 
@@ -58,10 +58,12 @@ class DataConfig:
     the whole row, for columns whose names are no words."""
 
     answer_template: str | None = None
-    """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`."""
+    """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`. The
+    filter `last_boxed` gives what stands in a text's last \\boxed{}."""
 
-    chat_template: bool = False
-    """Wrap a prompt in the tokenizer's chat template; lists of messages are always wrapped."""
+    chat_template: bool | None = None
+    """Wrap a prompt in the model's chat template; lists of messages are always wrapped. Null: where
+    `model.chat_template` names one."""
 
     system_prompt: str | None = None
     """System message put before a prompt, with a chat template."""
@@ -180,16 +182,16 @@ class _RowReader:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-        self._prompt = _template(environment, config.prompt_template, "data.prompt_template")
-        self._answer = _template(environment, config.answer_template, "data.answer_template")
+        self._prompt = compile_template(config.prompt_template, "data.prompt_template")
+        self._answer = compile_template(config.answer_template, "data.answer_template")
 
     def prompt(self, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
         config = self.config
         prompt = row.get(config.prompt_key)
         if self._prompt is not None:
-            prompt = _render(self._prompt, row, where, "data.prompt_template")
-        if isinstance(prompt, str) and not config.chat_template:
+            prompt = render(self._prompt, row, where, "data.prompt_template")
+        wrap = self.tokenizer.wraps_prompts if config.chat_template is None else config.chat_template
+        if isinstance(prompt, str) and not wrap:
             text, tokens = prompt, tuple(self.tokenizer.encode(prompt))
         else:
             text, tokens = self._chat(prompt, row, where)
@@ -199,7 +201,7 @@ class _RowReader:
 
     def answer(self, row: dict[str, Any], where: str) -> str:
         if self._answer is not None:
-            return _render(self._answer, row, where, "data.answer_template")
+            return render(self._answer, row, where, "data.answer_template")
         answer = row.get(self.config.answer_key)
         if not isinstance(answer, (str, int, float)):
             raise UserError(f"{where}: {self.config.answer_key}={answer!r} is no text or number; see data.answer_key")
@@ -223,19 +225,3 @@ class _RowReader:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         return text, tuple(self.tokenizer.encode(text, rendered=True))
-
-
-def _template(environment: jinja2.Environment, text: str | None, field: str) -> jinja2.Template | None:
-    if text is None:
-        return None
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{field}: no Jinja template: {error}") from error
-
-
-def _render(template: jinja2.Template, row: dict[str, Any], where: str, field: str) -> str:
-    try:
-        return template.render(**row, row=row)
-    except (jinja2.UndefinedError, TypeError) as error:
-        raise UserError(f"{where}: {field}: {error}; the row has {', '.join(row)}") from error

@@ -8,12 +8,12 @@ import torch
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import boundary_ids, segment_steps
-from echorl_nemo.engines.megatron.config import EvaluateConfig
 from echorl_nemo.engines.megatron.evaluate import load_model, verified_rollouts
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.report.profiles import draw, profile
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import EvaluateConfig
 
 
 def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:

@@ -5,17 +5,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
-
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import boundary_ids
-from echorl_nemo.engines.megatron.config import EvaluateConfig, ModelConfig, ParallelConfig, RunConfig
-from echorl_nemo.engines.megatron.launch import outer_world
+from echorl_nemo.engines.megatron.layout import (
+    arithmetic_problems,
+    model_problems,
+    number_of_experts,
+    read_hf_config,
+)
+from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.rollout.trtllm.api import refused_problems
+from echorl_nemo.schema import EvaluateConfig, ModelConfig, RunConfig
 
 CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
@@ -30,80 +34,132 @@ class Inputs:
     boundary_ids: tuple[int, ...]
 
 
-def world_size(config: RunConfig | EvaluateConfig) -> int:
-    """Ranks of the run. Fills in `parallel.data`. Raises UserError if torchrun or srun started another number."""
-    layout, outer = config.parallel, outer_world()
-    replica = layout.tensor * layout.pipeline
-    if layout.data is None:
-        layout.data = 1 if outer is None else max(1, outer // replica)
-    world = replica * layout.data
-    if outer is not None and outer != world:
-        raise UserError(
-            f"{outer} ranks were started, but parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
-            f"x parallel.data={layout.data} is {world}; start {world}, or change parallel.*"
-        )
-    return world
-
-
 def check(config: RunConfig) -> Inputs:
     """Read tokenizer, model configuration and data, and raise UserError listing every problem of the run."""
-    problems = arithmetic_problems(config)
-    hf_config = _hf_config(config.model)
-    problems += layout_problems(config.parallel, hf_config)
-    tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    problems, inputs = find_problems(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    assert inputs is not None
+    return inputs
+
+
+def find_problems(config: RunConfig) -> tuple[list[str], Inputs | None]:
+    """Every problem of a run on this engine, and what it reads, where that can be read."""
+    problems = [
+        *engine_problems(config),
+        *arithmetic_problems(config),
+        *rollout_problems(config),
+        *run_dir_problems(config),
+        *model_problems(config.parallel, config.model),
+    ]
+    found, inputs = read_inputs(config)
+    return problems + found, inputs
+
+
+def engine_problems(config: RunConfig) -> list[str]:
+    """What the native engine does not do, and the other engines do."""
+    problems = []
+    if config.parallel.context > 1:
+        problems.append(
+            f"parallel.context={config.parallel.context}: the native engine does not split sequences; use 1, or "
+            "engine=nemo_rl"
+        )
+    return problems
+
+
+def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) -> list[str]:
+    """What Megatron-Bridge 0.3.1 cannot do with a mixture of experts whose layers are not Transformer Engine's."""
+    if platform.transformer_engine or not number_of_experts(read_hf_config(config.model)):
+        return []
+    problems = []
+    if config.parallel.expert > 1:
+        problems.append(
+            f"parallel.expert={config.parallel.expert}: without Transformer Engine each rank would load the first "
+            "rank's experts; use 1, or a machine that has it"
+        )
+    if isinstance(config, RunConfig) and config.trainer.export:
+        problems.append(
+            "trainer.export=true: without Transformer Engine the experts cannot be written as a Hugging Face folder; "
+            "use false, checkpoints are saved all the same"
+        )
+    return problems
+
+
+def read_inputs(config: RunConfig) -> tuple[list[str], Inputs | None]:
+    """Tokenizer and prompts with what is wrong with them; None where one of them cannot be read."""
+    try:
+        tokenizer = read_tokenizer(config.model)
+    except UserError as error:
+        return [str(error), *verifier_problems(config)], None
+    problems, data = verifier_problems(config), config.data
+    positions = _positions(config.model)
     train_data = eval_data = None
     boundaries: tuple[int, ...] = ()
+    for name, source, split in (("train", data.train, data.train_split), ("eval", data.eval, data.eval_split)):
+        if source is None:
+            continue
+        try:
+            prompts = PromptData(source, data, tokenizer, field=f"data.{name}", split=split)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        problems += length_problems(config.rollout.max_new_tokens, positions, prompts, f"data.{name}")
+        if name == "train":
+            train_data = prompts
+            problems += packing_problems(config, prompts)
+        else:
+            eval_data = prompts
     try:
-        data = config.data
-        train_data = PromptData(data.train, data, tokenizer, field="data.train", split=data.train_split)
-        if data.eval is not None:
-            eval_data = PromptData(data.eval, data, tokenizer, field="data.eval", split=data.eval_split)
-    except UserError as error:
+        boundaries = boundary_ids(tokenizer, config.echorl.boundary)
+    except ValueError as error:
         problems.append(str(error))
+    if train_data is None:
+        return problems, None
+    return problems, Inputs(tokenizer, train_data, eval_data, boundaries)
+
+
+def verifier_problems(config: RunConfig) -> list[str]:
+    """Rewards that are not known."""
+    problems = []
     for name in (config.data.reward, *(extra.name for extra in config.data.extra_rewards)):
         try:
             find_verifier(name)
         except UserError as error:
             problems.append(f"data.reward or data.extra_rewards: {error}")
-    try:
-        boundaries = boundary_ids(tokenizer, config.echorl.boundary)
-    except ValueError as error:
-        problems.append(str(error))
-    for name, prompts in (("data.train", train_data), ("data.eval", eval_data)):
-        if prompts is not None:
-            problems += length_problems(config.rollout.max_new_tokens, hf_config, prompts, name)
-    if train_data is not None:
-        problems += packing_problems(config, train_data)
-    problems += rollout_problems(config)
-    problems += run_dir_problems(config)
-    if problems:
-        raise UserError("\n".join(problems))
-    assert train_data is not None
-    return Inputs(tokenizer, train_data, eval_data, boundaries)
+    return problems
+
+
+def read_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of `model.path`, as `model` says. Raises UserError if there is none."""
+    return Tokenizer(
+        model.path,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=model.chat_template,
+        stop_tokens=model.stop_tokens,
+    )
 
 
 def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
     """Read tokenizer and problems, and raise UserError listing everything that is wrong with an evaluation."""
-    hf_config = _hf_config(config.model)
-    problems = layout_problems(config.parallel, hf_config)
-    tokenizer = Tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    problems = model_problems(config.parallel, config.model)
     if config.rollout.engine != "megatron":
         problems.append(f"rollout.engine={config.rollout.engine}: evaluations generate with megatron; use that")
     checkpoint = config.evaluation.checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         problems.append(f"evaluation.checkpoint={checkpoint}: no such folder")
-    data = None
+    tokenizer = data = None
     try:
         find_verifier(config.data.reward)
+        tokenizer = read_tokenizer(config.model)
         if config.data.eval is None:
             raise UserError("data.eval is null: name the problems, or choose a benchmark (benchmark=gsm8k)")
         data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval", split=config.data.eval_split)
-        problems += length_problems(config.rollout.max_new_tokens, hf_config, data, "data.eval")
+        problems += length_problems(config.rollout.max_new_tokens, _positions(config.model), data, "data.eval")
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    assert data is not None
+    assert tokenizer is not None and data is not None
     return tokenizer, data
 
 
@@ -131,63 +187,23 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max(complete, key=lambda path: path.name, default=None)
 
 
-def arithmetic_problems(config: RunConfig) -> list[str]:
-    """What does not divide in the step."""
-    trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
-    problems = []
-    if group_size < 2:
-        problems.append(
-            f"rollout.group_size={group_size}: algo.estimator={config.algo.estimator} compares the rollouts of a "
-            "group; use 2 or more"
-        )
-    if trainer.prompts_per_step % trainer.minibatch_prompts:
-        problems.append(
-            f"trainer.prompts_per_step={trainer.prompts_per_step} is not divisible by "
-            f"trainer.minibatch_prompts={trainer.minibatch_prompts}"
-        )
-    if trainer.minibatch_prompts % data:
-        problems.append(
-            f"trainer.minibatch_prompts={trainer.minibatch_prompts} groups are not divisible by "
-            f"parallel.data={data}: a group is never split over replicas"
-        )
-    return problems
-
-
-def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
-    """What of the model does not divide by the parallel sizes."""
-    tensor, pipeline = layout.tensor, layout.pipeline
-    kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
-    # fewer key-value heads than ranks are copied to several ranks
-    if kv_heads % tensor and tensor % kv_heads:
-        uneven = [
-            f"parallel.tensor={tensor}: the model's {kv_heads} key-value heads are neither divisible by it nor a "
-            f"divisor of it; use a divisor or a multiple of {kv_heads}"
-        ]
-    else:
-        uneven = []
-    wanted = (
-        ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
-        ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
-        ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
-        ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
-    )
-    return uneven + [
-        f"{key}={size}: the model's {count} {what} are not divisible by it; use a divisor of {count}"
-        for what, count, key, size in wanted
-        if count % size
-    ]
-
-
-def length_problems(budget: int, hf_config: PretrainedConfig, data: PromptData, name: str) -> list[str]:
-    """Whether prompt and response fit the model's positions."""
-    limit = getattr(hf_config, "max_position_embeddings", None)
+def length_problems(budget: int, positions: int | None, data: PromptData, name: str) -> list[str]:
+    """Whether prompt and response fit the model's ``positions``; None where they are not known."""
     longest = data.longest + budget
-    if limit is not None and longest > limit:
+    if positions is not None and longest > positions:
         return [
             f"rollout.max_new_tokens={budget}: with the longest prompt of {name}, "
-            f"{data.longest} tokens, that is {longest}, the model has {limit} positions"
+            f"{data.longest} tokens, that is {longest}, the model has {positions} positions; lower it"
         ]
     return []
+
+
+def _positions(model: ModelConfig) -> int | None:
+    """Positions of the model; None where it has no limit, or cannot be read, which `model_problems` tells."""
+    try:
+        return getattr(read_hf_config(model), "max_position_embeddings", None)
+    except UserError:
+        return None
 
 
 def rollout_problems(config: RunConfig) -> list[str]:
@@ -229,13 +245,3 @@ def packing_problems(config: RunConfig, data: PromptData) -> list[str]:
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}; use {longest} or more, or 0 to pad"
         ]
     return []
-
-
-def _hf_config(model: ModelConfig) -> PretrainedConfig:
-    path = model.path
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]}"
-        ) from error

@@ -4,9 +4,11 @@ nothing else is replaced.
 The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
 inference context. What stands in: the CUDA device (the CPU answers), CUDA streams and random state (none and torch's),
 packages that Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), an AdamW that keeps its step
-where Megatron's checkpoints look for it, and attention over packed rows, which Megatron leaves to Transformer Engine.
+where Megatron's checkpoints look for it, and what Megatron leaves to Transformer Engine: attention over packed rows,
+norms under sequence parallelism.
 """
 
+import copy
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -56,11 +58,14 @@ def install(*, cuda: bool) -> None:
     _import_megatron_core()
     _replace_adam()
     _attend_within_packed_sequences()
+    _norm_under_sequence_parallelism()
+    _route_without_transformer_engine()
     sys.meta_path.append(_AbsentPackageFinder())
     _installed.append(_AbsentPackageFinder)
     if cuda:
         _replace_random_state()
         _send_contiguous_shards()
+        _split_by_numbers()
         mode = _CudaMeansCpu()
         mode.__enter__()
         _installed.append(mode)
@@ -98,7 +103,8 @@ class _Stream:
 
     def wait_event(self, *args: Any) -> None: ...
 
-    def record_event(self, *args: Any) -> None: ...
+    def record_event(self, *args: Any) -> "_Stream":
+        return self  # an event can be waited for too
 
     def synchronize(self) -> None: ...
 
@@ -177,6 +183,33 @@ def _attend_within_packed_sequences() -> None:
     DotProductAttention.forward = forward
 
 
+def _norm_under_sequence_parallelism() -> None:
+    """Megatron's torch norms refuse sequence parallelism, for want of a mark on their weights, of whose gradients each
+    rank then has its positions' part: Transformer Engine's norms set it."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    make = WrappedTorchNorm.__new__
+
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return make(cls, config, *args, **kwargs)
+        alone = copy.copy(config)
+        alone.sequence_parallel = False
+        norm = make(cls, alone, *args, **kwargs)
+        for weight in norm.parameters():
+            weight.sequence_parallel = True
+        return norm
+
+    WrappedTorchNorm.__new__ = new
+
+
+def _route_without_transformer_engine() -> None:
+    """Without Transformer Engine the name of its product is not even defined: None leads to torch's."""
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+
 def _send_contiguous_shards() -> None:
     """gloo's scatter sends a non-contiguous shard as if it were contiguous: row-parallel weights would arrive wrong."""
     scatter = dist.scatter
@@ -186,6 +219,19 @@ def _send_contiguous_shards() -> None:
         return scatter(tensor, shards, *args, **kwargs)
 
     dist.scatter = contiguous_scatter
+
+
+def _split_by_numbers() -> None:
+    """Megatron turns the sizes that experts exchange into numbers as it copies them off the GPU, and only then."""
+    exchange = dist.all_to_all_single
+
+    def all_to_all_single(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        sizes = [part.tolist() if hasattr(part, "tolist") else part for part in (output_split_sizes, input_split_sizes)]
+        return exchange(output, input, *sizes, **kwargs)
+
+    setattr(dist, "all_to_all_single", all_to_all_single)  # noqa: B010  of another signature
 
 
 class _AbsentModule(types.ModuleType):

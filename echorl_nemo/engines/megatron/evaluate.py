@@ -11,7 +11,6 @@ from torch import Tensor
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron import checkpoint
-from echorl_nemo.engines.megatron.config import EvaluateConfig
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.parallel import initialize
@@ -20,6 +19,7 @@ from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.scores import Score, final_answer, score_problems
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import EvaluateConfig
 
 
 def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:

@@ -6,12 +6,15 @@ longer prompt's tokens are fed one by one where others already sample.
 Shapes: B rollouts of a generation batch, A of them active, S positions, V vocabulary entries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from echorl_nemo.data.prompts import Prompt
@@ -42,7 +45,7 @@ class MegatronRolloutEngine:
         size = self.config.batch_size
         self.model.ddp.eval()
         parts = []
-        with torch.no_grad():
+        with torch.no_grad(), _whole_positions(self.model):
             for start in range(0, len(rows), size):
                 chosen = by_length[start : start + size]
                 decoding = _Decoding(
@@ -69,6 +72,18 @@ class MegatronRolloutEngine:
 
     def close(self) -> None:
         """Nothing was started."""
+
+
+@contextmanager
+def _whole_positions(model: PolicyModel) -> Iterator[None]:
+    """A token at a time cannot be spread over ranks: sequence parallelism rests meanwhile, but for experts' layers,
+    which gather and spread by themselves."""
+    if not model.config.sequence_parallel:
+        yield
+        return
+    set_model_to_sequence_parallel(model.module, False, exclude_modules=[BaseMoELayer])
+    yield
+    set_model_to_sequence_parallel(model.module, True, exclude_modules=[BaseMoELayer])
 
 
 @dataclass

@@ -9,9 +9,9 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import local_layer_spec
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from echorl_nemo.engines.megatron.config import ModelConfig, ParallelConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.schema import ModelConfig, ParallelConfig
 
 
 @dataclass
@@ -39,35 +39,25 @@ class PolicyModel:
         self.bridge.save_hf_pretrained([self.module], str(folder), show_progress=False)
 
 
-def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel, platform: Platform) -> PolicyModel:
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron's words for `trainer.recompute`."""
+
+
+def build_model(
+    config: ModelConfig, layout: ParallelConfig, parallel: Parallel, platform: Platform, *, recompute: str = "none"
+) -> PolicyModel:
     """Import the Hugging Face weights into this rank's shard and wrap it for data-parallel training."""
     bridge = AutoBridge.from_hf_pretrained(
         config.path, torch_dtype=platform.dtype, trust_remote_code=config.trust_remote_code
     )
     provider = bridge.to_megatron_provider(load_weights=True)
-    settings: dict[str, Any] = {
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "sequence_parallel": False,
-        "params_dtype": platform.dtype,
-        "pipeline_dtype": platform.dtype,
-        "bf16": platform.dtype == torch.bfloat16,
-        "fp16": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        # Megatron marks a weight as tensor-parallel while it initialises it, and the gradient norm counts a weight
-        # without the mark on one rank only: Megatron-Bridge's default for loaded weights would make it too small
-        "perform_initialization": True,
-        # padded columns would take part in every softmax
-        "should_pad_vocab": False,
-        # our losses are divided by the counts of the whole step: Megatron shall neither average nor rescale them
-        "calculate_per_token_loss": True,
-        **platform.provider_overrides,
-    }
-    for name, value in settings.items():
+    configure(provider, layout, platform)
+    for name, value in RECOMPUTE[recompute].items():
         setattr(provider, name, value)
-    if not platform.transformer_engine:
-        provider.transformer_layer_spec = local_layer_spec
     provider.finalize()
     ddp = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(
@@ -83,3 +73,36 @@ def build_model(config: ModelConfig, layout: ParallelConfig, parallel: Parallel,
         parallel=parallel,
         call_options={"fp32_output": False} if provider.bf16 else {},
     )
+
+
+def configure(provider: Any, layout: ParallelConfig, platform: Platform) -> None:
+    """Set a Megatron-Bridge model provider to what this engine trains with; `finalize` is left to the caller."""
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1 if layout.expert > 1 else None,
+        "sequence_parallel": layout.sequence and layout.tensor > 1,
+        "params_dtype": platform.dtype,
+        "pipeline_dtype": platform.dtype,
+        "bf16": platform.dtype == torch.bfloat16,
+        "fp16": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # Megatron marks a weight as tensor-parallel while it initialises it, and the gradient norm counts a weight
+        # without the mark on one rank only: Megatron-Bridge's default for loaded weights would make it too small
+        "perform_initialization": True,
+        # padded columns would take part in every softmax
+        "should_pad_vocab": False,
+        # our losses are divided by the counts of the whole step: Megatron shall neither average nor rescale them
+        "calculate_per_token_loss": True,
+        **platform.provider_overrides,
+    }
+    if provider.num_moe_experts:
+        # the loss that balances experts depends on how rollouts are spread over micro-batches and ranks
+        settings |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    if not platform.transformer_engine:
+        provider.transformer_layer_spec = local_layer_spec

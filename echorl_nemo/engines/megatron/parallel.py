@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from echorl_nemo.engines.megatron.config import ParallelConfig
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.schema import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,12 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
     device = platform.device()
     timeout = timedelta(minutes=timeout_minutes)
     parallel_state.initialize_model_parallel(
-        layout.tensor, layout.pipeline, distributed_timeout_minutes=timeout_minutes
+        layout.tensor,
+        layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        # whole experts where they are spread: thinner ones would be worse products
+        expert_tensor_parallel_size=1 if layout.expert > 1 else None,
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     first = parallel_state.is_pipeline_first_stage()

@@ -16,12 +16,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from echorl_nemo.echo import EchoRLConfig, clip_denominator, clip_loss
-from echorl_nemo.engines.megatron.config import TrainerConfig
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.packing import PackedRow
+from echorl_nemo.schema import TrainerConfig
 
 METRICS = (
     "loss",

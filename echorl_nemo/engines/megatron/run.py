@@ -10,10 +10,12 @@ from transformers.utils import logging as transformers_logging
 
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
-from echorl_nemo.engines.megatron.checks import Inputs, check, check_evaluation, world_size
-from echorl_nemo.engines.megatron.config import EvaluateConfig, RunConfig
+from echorl_nemo.engines.megatron.checks import Inputs, check, check_evaluation, platform_problems
 from echorl_nemo.engines.megatron.launch import launch
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
+from echorl_nemo.errors import UserError
+from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 
 def train(config: RunConfig, config_yaml: str) -> int:
@@ -24,7 +26,7 @@ def train(config: RunConfig, config_yaml: str) -> int:
     quiet_libraries()
     world = world_size(config)
     inputs = check(config)
-    platform = detect_platform(config.parallel.device)
+    platform = _platform(config)
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
@@ -49,7 +51,7 @@ def _examine(config: EvaluateConfig, rank: Callable[..., None]) -> int:
     quiet_libraries()
     world = world_size(config)
     tokenizer, data = check_evaluation(config)
-    platform = detect_platform(config.parallel.device)
+    platform = _platform(config)
     import echorl_nemo.engines.megatron.analyze
     import echorl_nemo.engines.megatron.evaluate  # noqa: F401  heavy: once, before ranks are forked
 
@@ -59,6 +61,13 @@ def _examine(config: EvaluateConfig, rank: Callable[..., None]) -> int:
         platform,
         timeout_minutes=config.evaluation.timeout_minutes,
     )
+
+
+def _platform(config: RunConfig | EvaluateConfig) -> Platform:
+    platform = detect_platform(config.parallel.device)
+    if problems := platform_problems(config, platform):
+        raise UserError("\n".join(problems))
+    return platform
 
 
 def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:

@@ -24,6 +24,8 @@ class MegatronScorer:
         """``pack_tokens``: as `trainer.pack_tokens`; 0 pads micro-batches of ``micro_batch_size`` rollouts."""
         self.model, self.parallel = model, model.parallel
         self.temperature, self.micro_batch_size, self.pack_tokens = temperature, micro_batch_size, pack_tokens
+        config = model.config
+        self._column_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -36,8 +38,8 @@ class MegatronScorer:
         order = [row for rows in micro_rows for row in rows]
         width = batch.tokens.shape[1]
         flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), width), torch.float32)
-        table = table[:, : len(own)].cpu()  # what fills comes last
+        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), self._padded(width)), torch.float32)
+        table = table[:, : len(own), :width].cpu()  # what fills comes last
         result = torch.zeros(2, len(batch), width)
         for rows, values in self.parallel.share_over_replicas((order[: len(own)], table)):
             result[:, rows] = values
@@ -49,6 +51,10 @@ class MegatronScorer:
         replica without any rollout still takes part in every collective."""
         size = 1 if self.pack_tokens else self.micro_batch_size
         return -rows % size if rows else size
+
+    def _padded(self, width: int) -> int:
+        """Columns of a micro-batch whose longest rollout has ``width``: sequence parallelism splits them evenly."""
+        return width + -width % self._column_multiple
 
     def _micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
         """The ``rows`` of ``batch`` that each forward-backward takes."""
@@ -66,11 +72,12 @@ class MegatronScorer:
         forward_only: bool,
     ) -> list[Any]:
         """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
-        packed_width = max(int(batch.lengths[rows].sum()) for rows in micro_rows)
+        width = self._padded(batch.tokens.shape[1])
+        packed_width = self._padded(max(int(batch.lengths[rows].sum()) for rows in micro_rows))
 
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             chosen = next(rows)
-            micro = _on_device(batch, chosen, self.parallel.device)
+            micro = _on_device(batch, chosen, width, self.parallel.device)
             row = None
             if self.pack_tokens:
                 row = pack_row(micro.tokens, batch.lengths[chosen].tolist(), packed_width)
@@ -82,7 +89,7 @@ class MegatronScorer:
             data_iterator=iter(micro_rows),
             model=[self.model.ddp],
             num_microbatches=len(micro_rows),
-            seq_length=packed_width if self.pack_tokens else batch.tokens.shape[1],
+            seq_length=packed_width if self.pack_tokens else width,
             micro_batch_size=1 if self.pack_tokens else len(micro_rows[0]),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -128,10 +135,9 @@ class MegatronScorer:
         )
 
 
-def _on_device(batch: RolloutBatch, rows: list[int], device: torch.device) -> RolloutBatch:
-    """The rollouts ``rows`` on the device, at the whole batch's width: a pipeline's micro-batches have one shape."""
+def _on_device(batch: RolloutBatch, rows: list[int], width: int, device: torch.device) -> RolloutBatch:
+    """The rollouts ``rows`` on the device, ``width`` columns each: a pipeline's micro-batches have one shape."""
     micro = batch.select(rows)
-    width = batch.tokens.shape[1]
     for name, value in vars(micro).items():
         if isinstance(value, Tensor):
             value = pad_columns(value, width) if value.dim() == 2 else value

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.echo import segment_steps, select_clips
-from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.verify import verify_rollouts
@@ -25,6 +24,7 @@ from echorl_nemo.grpo import (
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
+from echorl_nemo.schema import RunConfig
 
 EVALUATION_SEED_OFFSET = 1 << 32
 """Evaluation draws other random numbers than training, the same ones each time."""

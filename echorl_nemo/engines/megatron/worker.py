@@ -7,7 +7,6 @@ import torch.distributed as dist
 from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.checkpoint import Progress
 from echorl_nemo.engines.megatron.checks import Inputs, newest_checkpoint
-from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.parallel import initialize
@@ -17,6 +16,7 @@ from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.engine import RolloutEngine
+from echorl_nemo.schema import RunConfig
 
 
 def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
@@ -57,7 +57,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
     """Form the process groups, load the model and tie the rooms together."""
     settings = config.trainer
     parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
-    model = build_model(config.model, config.parallel, parallel, platform)
+    model = build_model(config.model, config.parallel, parallel, platform, recompute=settings.recompute)
     policy = MegatronPolicy(
         model,
         algo=config.algo,

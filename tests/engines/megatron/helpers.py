@@ -8,10 +8,10 @@ import torch
 from echorl_nemo.config import load_config
 from echorl_nemo.echo import segment_steps
 from echorl_nemo.engines.megatron.checks import check
-from echorl_nemo.engines.megatron.config import RunConfig
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import RunConfig
 
 quiet_libraries()
 PLATFORM = detect_platform("cpu")
@@ -25,6 +25,8 @@ LAYOUTS = {
     "PP2": ["parallel.pipeline=2"],
     "TP2xPP2": ["parallel.tensor=2", "parallel.pipeline=2"],
     "DP2": ["parallel.data=2"],
+    "TP2+SP": ["parallel.tensor=2", "parallel.sequence=true"],
+    "TP2xPP2+SP": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
 }
 """Overrides of each parallel layout that is tested."""
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from echorl_nemo.config import CONFIG_DIR
-from echorl_nemo.engines.megatron.checks import world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
 
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from echorl_nemo.engines.megatron.checks import world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron import helpers
 from tests.engines.megatron.helpers import LAYOUTS, prepared_batch, tiny_config, trainer_of
 

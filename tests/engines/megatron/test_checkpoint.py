@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from echorl_nemo.config import to_yaml
-from echorl_nemo.engines.megatron.checks import check, newest_checkpoint, world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.checks import check, newest_checkpoint
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.report.logger import METRICS_FILE, ROLLOUTS_FILE, read_lines
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config
 
 

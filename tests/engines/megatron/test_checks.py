@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from echorl_nemo.engines.megatron.checks import check, world_size
+from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.helpers import tiny_config
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from echorl_nemo.engines.megatron.checks import world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, example_batch, prepared_batch, tiny_config, trainer_of
 
 NEWLINE = 34

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import prepared_batch, tiny_config, trainer_of
 
 GRPO, ECHORL = ["echorl=off", "algo.entropy_coef=0"], ["algo.entropy_coef=0"]

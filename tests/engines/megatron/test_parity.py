@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from echorl_nemo.engines.megatron.checks import world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
 
 
@@ -55,6 +55,8 @@ def test_the_example_has_what_makes_it_hard(baseline: dict[str, Any]) -> None:
         ("DP2", 1),
         ("DP2", 4),
         ("DP2", 5),
+        ("TP2+SP", 3),
+        ("TP2xPP2+SP", 4),
     ],
 )
 def test_steps_are_the_same(
@@ -80,6 +82,15 @@ def test_packed_rows_give_the_same_steps(
         for ours, expected in zip(result["scored"], baseline["scored"], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(result["clip_mask"], baseline["clip_mask"])
+        for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_again_changes_nothing(
+    ranks: Callable[..., list[Any]], baseline: dict[str, Any], recompute: str
+) -> None:
+    for result in run(ranks, *LAYOUTS["TP2+SP"], f"trainer.recompute={recompute}"):
         for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
             assert ours == pytest.approx(expected, rel=1e-4)
 

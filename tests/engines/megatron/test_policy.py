@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from echorl_nemo.engines.megatron.checks import world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, example_batch, tiny_config, trainer_of
 
 

@@ -10,13 +10,14 @@ import torch
 
 from echorl_nemo.config import to_yaml
 from echorl_nemo.echo import segment_steps, select_clips
-from echorl_nemo.engines.megatron.checks import check, world_size
-from echorl_nemo.engines.megatron.config import RunConfig
+from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE, read_lines
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
+from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config, trainer_of
 from tests.rollout import stub_trtllm
 from tests.rollout.stub_trtllm import Behaviour

@@ -1,4 +1,4 @@
-"""The configuration of a run on the native engine."""
+"""The configuration of a run. `engines/*/overrides.py` put it in the words of a host."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,23 @@ from echorl_nemo.grpo import AlgoConfig
 from echorl_nemo.report.logger import LoggerConfig
 from echorl_nemo.rollout.engine import RolloutConfig
 
+ENGINES = ("megatron", "nemo_aligner", "nemo_rl")
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(kw_only=True)
+class LayoutConfig:
+    """A model's default layout on a number of GPUs; replicas take what is left of them."""
+
+    tensor: int = 1
+    """As `parallel.tensor`."""
+
+    pipeline: int = 1
+    """As `parallel.pipeline`."""
+
+    expert: int = 1
+    """As `parallel.expert`."""
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -24,16 +41,84 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
 
+    nemo_path: str | None = None
+    """The same model as a .nemo file or folder, which NeMo-Aligner trains; see docs/nemo_aligner.md."""
+
+    chat_template: str = "none"
+    """What prompts are wrapped in: `none`; `tokenizer`, the tokenizer's own chat template; or the text of a Jinja
+    template over `messages`. `data.chat_template` decides otherwise for a data set."""
+
+    stop_tokens: list[str] = field(default_factory=list)
+    """Tokens that end a response beside those that tokenizer and generation_config.json name, by their text."""
+
+    boundary: Any = "newline"
+    """Tokens that end a step; the shipped configs set `echorl.boundary` to it."""
+
+    layouts: dict[int, LayoutConfig] = field(default_factory=dict)
+    """Default layouts by number of GPUs; a run on more takes the largest that is not above. See `parallel.tensor`."""
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The model's config.json as far as a plan needs it, so that it can be made without the model."""
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """The machines, as a plan and the hosts' launchers need them."""
+
+    nodes: int = 1
+    """Machines of the run."""
+
+    gpus_per_node: int = 0
+    """GPUs of each. 0: on the native engine those that the ranks find; in a plan as many as the layout asks for."""
+
+    gpu_memory_gib: float = 80.0
+    """Memory of a GPU, GiB."""
+
+    gpu_tflops: float = 989.0
+    """Peak of a GPU in dense bf16, TFLOP/s."""
+
+    gpu_bandwidth: float = 3350.0
+    """Memory bandwidth of a GPU, GB/s."""
+
+    nvlink_bandwidth: float = 450.0
+    """Of a GPU to the others of its node, GB/s in each direction."""
+
+    network_bandwidth: float = 50.0
+    """Of a GPU to those of other nodes, GB/s in each direction."""
+
+    mfu: float = 0.4
+    """Share of the peak that training is expected to reach."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_memory_gib", "gpu_tflops", "gpu_bandwidth", "nvlink_bandwidth", "network_bandwidth"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"cluster.{name}={getattr(self, name)} must be above 0")
+        if self.nodes < 1 or self.gpus_per_node < 0:
+            raise UserError(
+                f"cluster.nodes={self.nodes}, cluster.gpus_per_node={self.gpus_per_node}: use at least 1 and 0"
+            )
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"cluster.mfu={self.mfu} must lie in (0, 1]")
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How ranks share the work; their number is tensor x pipeline x data."""
+    """How ranks share the work; their number is tensor x pipeline x context x data."""
 
     tensor: int = 1
-    """Ranks that share each layer."""
+    """Ranks that share each layer. 0, with `pipeline` 0 too: what `model.layouts` has for the run's GPUs, else 1."""
 
     pipeline: int = 1
-    """Ranks that each hold a stretch of layers."""
+    """Ranks that each hold a stretch of layers; 0 as in `tensor`."""
+
+    context: int = 1
+    """Ranks that share each sequence."""
+
+    expert: int = 1
+    """Ranks, of those that hold replicas, over which the experts of a mixture are spread."""
+
+    sequence: bool = False
+    """Sequence parallelism: between the layers' products, positions are spread over the tensor-parallel ranks."""
 
     device: str = "auto"
     """`auto`: GPUs where torch finds one, else the CPU; `cpu` or `cuda` to insist."""
@@ -44,10 +129,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"parallel.device={self.device!r} is not known; use one of auto, cpu, cuda")
-        for name in ("tensor", "pipeline", "data"):
+        for name, least in (("tensor", 0), ("pipeline", 0), ("context", 1), ("expert", 1), ("data", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"parallel.{name}={value} must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"parallel.{name}={value} must be at least {least}")
 
 
 @dataclass(kw_only=True)
@@ -71,6 +156,10 @@ class TrainerConfig:
 
     micro_batch_size: int = 1
     """Rollouts in one forward-backward of a rank, padded to the longest of the step."""
+
+    recompute: str = "none"
+    """Activations that are computed again in the backward pass instead of kept: `none`; `selective`, those of the
+    attention product; `full`, all but each layer's input, for about a third more arithmetic."""
 
     pack_tokens: int = 0
     """Pack rollouts without padding into rows of at most so many tokens, one row in each forward-backward; then
@@ -122,6 +211,8 @@ class TrainerConfig:
         for name in ("pack_tokens", "warmup_steps", "save_every", "eval_every", "lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is negative; use 0 or more")
+        if self.recompute not in RECOMPUTE:
+            raise UserError(f"trainer.recompute={self.recompute!r} is not known; use one of {', '.join(RECOMPUTE)}")
         if self.clip_grad <= 0:
             raise UserError(f"trainer.clip_grad={self.clip_grad} must be above 0; use a large value to not clip")
 
@@ -197,7 +288,11 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run is made of; one Hydra group of `conf/` each."""
+    """Everything a run is made of; one Hydra group of `conf/` for each section."""
+
+    engine: str = "megatron"
+    """Who trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts with launchers of their own that
+    `echorl-nemo plan --launch` writes the command for."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
@@ -205,5 +300,10 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"engine={self.engine!r} is not known; use one of {', '.join(ENGINES)}")

@@ -1,0 +1,175 @@
+"""The parallel layout of a run: what it is, and what of model and batch does not divide by it."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from echorl_nemo.engines.megatron.launch import outer_world
+from echorl_nemo.errors import UserError
+from echorl_nemo.schema import EvaluateConfig, LayoutConfig, ModelConfig, ParallelConfig, RunConfig
+
+SAME_SIZES = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""What `model.architecture` and the model's own config.json must agree in."""
+
+
+def world_size(config: RunConfig | EvaluateConfig) -> int:
+    """Ranks of the run. Fills in what `parallel` leaves open. Raises UserError if torchrun or srun started another
+    number."""
+    outer = outer_world()
+    gpus = outer or _gpus_here(config.parallel.device)
+    settle_layout(config.parallel, config.model, gpus, alone=outer is None)
+    layout = config.parallel
+    replica = replica_size(layout)
+    if layout.data is None:
+        layout.data = 1 if outer is None else max(1, outer // replica)
+    world = replica * layout.data
+    if outer is not None and outer != world:
+        raise UserError(
+            f"{outer} ranks were started, but parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
+            f"x parallel.context={layout.context} x parallel.data={layout.data} is {world}; start {world}, or change "
+            "parallel.*"
+        )
+    return world
+
+
+def settle_layout(layout: ParallelConfig, model: ModelConfig, gpus: int, *, alone: bool) -> None:
+    """Replace the zeros of `parallel` by the model's default layout on ``gpus`` GPUs. With ``alone``, where this
+    program starts the ranks, replicas take the other GPUs."""
+    if layout.tensor and layout.pipeline:
+        return
+    if layout.tensor or layout.pipeline:
+        layout.tensor, layout.pipeline = max(1, layout.tensor), max(1, layout.pipeline)
+        return
+    fitting = [count for count in model.layouts if count <= gpus]
+    default = model.layouts[max(fitting)] if fitting else LayoutConfig()
+    layout.tensor, layout.pipeline = default.tensor, default.pipeline
+    layout.expert = max(layout.expert, default.expert)
+    if layout.data is None and alone:
+        layout.data = max(1, gpus // replica_size(layout))
+
+
+def replica_size(layout: ParallelConfig) -> int:
+    """Ranks of one replica of the policy."""
+    return layout.tensor * layout.pipeline * layout.context
+
+
+def _gpus_here(device: str) -> int:
+    return 1 if device == "cpu" else max(1, torch.cuda.device_count())
+
+
+def arithmetic_problems(config: RunConfig) -> list[str]:
+    """What does not divide in the step."""
+    trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
+    problems = []
+    if group_size < 2:
+        problems.append(
+            f"rollout.group_size={group_size}: algo.estimator={config.algo.estimator} compares the rollouts of a "
+            "group; use 2 or more"
+        )
+    if trainer.prompts_per_step % trainer.minibatch_prompts:
+        problems.append(
+            f"trainer.prompts_per_step={trainer.prompts_per_step} is not divisible by "
+            f"trainer.minibatch_prompts={trainer.minibatch_prompts}; use a multiple of it"
+        )
+    if trainer.minibatch_prompts % data:
+        problems.append(
+            f"trainer.minibatch_prompts={trainer.minibatch_prompts} groups are not divisible by "
+            f"parallel.data={data}: a group is never split over replicas; use a multiple of {data}"
+        )
+    return problems
+
+
+def model_problems(layout: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Whether the model can be read, is the one that `model.architecture` describes, and divides by the layout."""
+    try:
+        own = read_hf_config(model)
+    except UserError as error:
+        if not model.architecture:
+            return [str(error)]
+        return [str(error), *layout_problems(layout, described_config(model))]
+    return [*_other_model(model, own), *layout_problems(layout, own)]
+
+
+def _other_model(model: ModelConfig, own: PretrainedConfig) -> list[str]:
+    return [
+        f"model.path={model.path}: its config.json has {name}={getattr(own, name, None)}, model.architecture "
+        f"{model.architecture[name]}; choose the model= that goes with the path, or model=hf"
+        for name in SAME_SIZES
+        if name in model.architecture and getattr(own, name, None) != model.architecture[name]
+    ]
+
+
+def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
+    """What of the model does not divide by the parallel sizes."""
+    tensor, pipeline, expert = layout.tensor, layout.pipeline, layout.expert
+    kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
+    problems = []
+    # fewer key-value heads than ranks are copied to several ranks
+    if kv_heads % tensor and tensor % kv_heads:
+        problems.append(
+            f"parallel.tensor={tensor}: the model's {kv_heads} key-value heads are neither divisible by it nor a "
+            f"divisor of it; use a divisor or a multiple of {kv_heads}"
+        )
+    experts = number_of_experts(hf_config)
+    wanted = [
+        ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
+        ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
+        ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
+        ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
+    ]
+    if experts:
+        wanted.append(("experts", experts, "parallel.expert", expert))
+        if tensor > 1 and not layout.sequence:
+            problems.append(
+                f"parallel.sequence=false: Megatron trains a mixture of experts with parallel.tensor={tensor} under "
+                "sequence parallelism alone; use true, or parallel.tensor=1"
+            )
+        if layout.data is not None and (tensor * layout.context * layout.data) % expert:
+            problems.append(
+                f"parallel.expert={expert}: experts are spread over tensor x context x data = "
+                f"{tensor * layout.context * layout.data} ranks, which are not divisible by it; use a divisor"
+            )
+    elif expert > 1:
+        problems.append(f"parallel.expert={expert}: the model has no experts; use 1")
+    return problems + [
+        f"{key}={size}: the model's {count} {what} are not divisible by it; use a divisor of {count}"
+        for what, count, key, size in wanted
+        if count % size
+    ]
+
+
+def number_of_experts(hf_config: PretrainedConfig) -> int:
+    """Experts of a layer, 0 of a dense model."""
+    return int(getattr(hf_config, "num_experts", None) or getattr(hf_config, "num_local_experts", None) or 0)
+
+
+def read_hf_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration of the model at `model.path`. Raises UserError if there is none."""
+    return _read_hf_config(model.path, model.trust_remote_code)
+
+
+@lru_cache
+def _read_hf_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]} Name a folder that "
+            "holds it, or an id of the hub where the hub can be reached"
+        ) from error
+
+
+def described_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration that `model.architecture` describes. Raises UserError for an architecture that is not known."""
+    values: dict[str, Any] = dict(model.architecture)
+    try:
+        return AutoConfig.for_model(values.pop("model_type", ""), **values)
+    except ValueError as error:
+        raise UserError(
+            f"model.architecture: {str(error).splitlines()[0]}; give model_type and architectures"
+        ) from error
