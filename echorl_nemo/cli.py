@@ -1,6 +1,7 @@
-"""The command line: `echorl-nemo train`, `evaluate`, `analyze` and `report`."""
+"""The command line: `echorl-nemo plan`, `train`, `evaluate`, `analyze` and `report`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="echorl-nemo", description="EchoRL post-training on Megatron-Core.")
     commands = parser.add_subparsers(dest="command", required=True)
 
+    plan = commands.add_parser("plan", help="check a run and estimate what it takes, without a GPU")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument(
+        "--elsewhere", action="store_true", help="the run is for another machine: look for no files and packages here"
+    )
+    plan.add_argument("--launch", type=Path, metavar="DIR", help="write the command that starts the run to DIR")
     train = commands.add_parser("train", help="train a policy on the native engine")
-    train.add_argument("--config-name", default="train", help="primary config, a file of conf/ (default: train)")
-    train.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
     train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
-    train.add_argument("overrides", nargs="*", help="Hydra overrides: algo=dapo echorl.coef=0.3 parallel.tensor=2")
+    for run in (plan, train):
+        run.add_argument("--config-name", default="train", help="primary config, a file of conf/ (default: train)")
+        run.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
+        run.add_argument("overrides", nargs="*", help="Hydra overrides: algo=dapo echorl.coef=0.3 parallel.tensor=2")
 
     for name, what in (
         ("evaluate", "pass@1, pass@k and maj@k of a model on a data file or benchmark"),
@@ -39,11 +47,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides after an option that came after others
         options.overrides += rest
     try:
-        return {"train": _train, "evaluate": _examine, "analyze": _examine, "report": _report}[options.command](options)
+        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "report": _report}
+        return commands_of[options.command](options)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from echorl_nemo.config import load_config
+    from echorl_nemo.engines.megatron.run import quiet_libraries
+
+    quiet_libraries()  # before Megatron is imported
+    from echorl_nemo.plan.launch import train_arguments, write_launch
+    from echorl_nemo.plan.run import as_json, make_plan, print_problems
+    from echorl_nemo.plan.table import print_plan
+    from echorl_nemo.schema import RunConfig
+
+    config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
+    plan = make_plan(config, elsewhere=options.elsewhere)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=1))
+    else:
+        print_plan(plan, Console(width=None if sys.stdout.isatty() else 140))
+        print_problems(plan)
+    if plan.ok and options.launch is not None:
+        arguments = train_arguments(options.config_name, options.config_dir, options.overrides, config)
+        write_launch(plan, options.launch, arguments)
+    return 0 if plan.ok else 1
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -55,6 +89,11 @@ def _train(options: argparse.Namespace) -> int:
     if options.cfg:
         print(to_yaml(config).rstrip())
         return 0
+    if config.engine != "megatron":
+        raise UserError(
+            f"engine={config.engine}: `train` is the native engine's; start a host by slurm/, or by the command that "
+            "`echorl-nemo plan --launch DIR` writes"
+        )
     return train(config, to_yaml(config))
 
 

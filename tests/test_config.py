@@ -117,7 +117,7 @@ def test_the_papers_settings() -> None:
         ("cluster.mfu=40", r"cluster.mfu=40.0 must lie in \(0, 1\]"),
         ("parallel.device=tpu", "parallel.device='tpu' is not known; use one of auto, cpu, cuda"),
         ("rollout.top_p=2", r"rollout.top_p=2.0 must lie in \(0, 1\]"),
-        ("rollout.engine=vllm", "rollout.engine='vllm' is not known; use one of megatron, trtllm"),
+        ("rollout.engine=sglang", "rollout.engine='sglang' is not known; use one of megatron, trtllm, vllm"),
         ("trainer.lr", "trainer.lr"),
     ],
 )

@@ -53,6 +53,10 @@ class Tokenizer:
         """Text of a response, without special tokens."""
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens included, for people to read."""
         return self.hf.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)

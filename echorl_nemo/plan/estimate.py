@@ -7,7 +7,6 @@ feed-forward, queries and keys; V vocabulary entries.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -230,8 +229,3 @@ def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[Stag
         weights = 2 * sum(each.whole for each in stages) / config.rollout.trtllm.tensor_parallel
         items.append(Item("refit", weights, "2 x all parameters / rollout.trtllm.tensor_parallel"))
     return [Item(item.name, item.value / 1e9, item.formula) for item in items]
-
-
-def as_plain(items: list[Item]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [{"name": item.name, "value": item.value, "formula": item.formula} for item in items]

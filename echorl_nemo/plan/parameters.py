@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.bridge import AutoBridge
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
-from echorl_nemo.engines.megatron.model import configure
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.schema import ParallelConfig
 
@@ -45,6 +42,8 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelConfig, platfo
     Each parameter of a rank is compared with its like in a model on one rank. ``layout`` must divide the model. Raises
     AssertionError if a shard is not the whole parameter's size over the ranks that share it.
     """
+    from megatron.bridge import AutoBridge  # imports only with the stand-ins that ``platform`` put in place
+
     # a copy: Megatron-Bridge completes it
     bridge = AutoBridge.from_hf_config(type(hf_config).from_dict(hf_config.to_dict()))
     stages = []
@@ -88,6 +87,8 @@ def _layers(shapes: Shapes) -> int:
 
 def _build(bridge: Any, layout: ParallelConfig, stage: int, platform: Platform) -> Shapes:
     """Shapes of the parameters of the first rank of ``stage``."""
+    from echorl_nemo.engines.megatron.model import configure  # as above
+
     data = layout.data or 1
     world = layout.tensor * layout.pipeline * layout.context * data
     with _fake_ranks(layout, world, rank=stage * (world // layout.pipeline)):
@@ -125,5 +126,10 @@ def _fake_ranks(layout: ParallelConfig, world: int, rank: int) -> Iterator[None]
 @contextmanager
 def _on_meta() -> Iterator[None]:
     """Megatron asks for the current device by name where it makes a weight."""
-    with mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")), torch.device("meta"):
-        yield
+    current = torch.cuda.current_device
+    setattr(torch.cuda, "current_device", lambda: torch.device("meta"))  # noqa: B010  Megatron takes what it gets
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        setattr(torch.cuda, "current_device", current)  # noqa: B010

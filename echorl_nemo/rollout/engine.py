@@ -10,7 +10,7 @@ from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.batch import RolloutBatch
 
-ENGINES = ("megatron", "trtllm")
+ENGINES = ("megatron", "trtllm", "vllm")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,8 @@ class RolloutConfig:
     """How rollouts are generated."""
 
     engine: str = "megatron"
-    """Who generates: `megatron`, the policy itself with Megatron-Core's inference context; `trtllm`, TensorRT-LLM."""
+    """Who generates: `megatron`, the policy itself with the trainer's own inference; `trtllm`, TensorRT-LLM; `vllm`, in
+    NeMo-RL alone."""
 
     group_size: int = 8
     """G, rollouts of each prompt."""

@@ -49,6 +49,7 @@ def find_problems(config: RunConfig) -> tuple[list[str], Inputs | None]:
         *engine_problems(config),
         *arithmetic_problems(config),
         *rollout_problems(config),
+        *package_problems(config),
         *run_dir_problems(config),
         *model_problems(config.parallel, config.model),
     ]
@@ -59,6 +60,8 @@ def find_problems(config: RunConfig) -> tuple[list[str], Inputs | None]:
 def engine_problems(config: RunConfig) -> list[str]:
     """What the native engine does not do, and the other engines do."""
     problems = []
+    if config.rollout.engine == "vllm":
+        problems.append("rollout.engine=vllm: NeMo-RL alone has it; use megatron or trtllm, or engine=nemo_rl")
     if config.parallel.context > 1:
         problems.append(
             f"parallel.context={config.parallel.context}: the native engine does not split sequences; use 1, or "
@@ -217,11 +220,6 @@ def rollout_problems(config: RunConfig) -> list[str]:
                 "rollout.trtllm.colocated=false: weights travel as handles of memory on a GPU that trainer and engine "
                 "share, and engines elsewhere get none; use true"
             )
-        if importlib.util.find_spec("tensorrt_llm") is None:
-            problems.append(
-                "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "
-                "see docs/tensorrt_llm.md, or use rollout.engine=megatron"
-            )
         needs = algo.importance == "rollout" or algo.tis_cap or algo.icepop_low or algo.icepop_high
         if needs and rollout.temperature != 1.0:
             problems.append(
@@ -234,6 +232,16 @@ def rollout_problems(config: RunConfig) -> list[str]:
             "echorl.entropy_source=policy; use entropy_source=rollout, importance=policy, or echorl=off"
         )
     return problems
+
+
+def package_problems(config: RunConfig) -> list[str]:
+    """What this environment lacks for the run."""
+    if config.rollout.engine == "trtllm" and importlib.util.find_spec("tensorrt_llm") is None:
+        return [
+            "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "
+            "see docs/tensorrt_llm.md, or use rollout.engine=megatron"
+        ]
+    return []
 
 
 def packing_problems(config: RunConfig, data: PromptData) -> list[str]:

@@ -86,16 +86,21 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
 
 def model_problems(layout: ParallelConfig, model: ModelConfig) -> list[str]:
     """Whether the model can be read, is the one that `model.architecture` describes, and divides by the layout."""
+    problems = path_problems(model)
+    try:
+        return problems + layout_problems(
+            layout, described_config(model) if model.architecture else read_hf_config(model)
+        )
+    except UserError:  # told already
+        return problems
+
+
+def path_problems(model: ModelConfig) -> list[str]:
+    """Whether the model at `model.path` can be read, and is the one that `model.architecture` describes."""
     try:
         own = read_hf_config(model)
     except UserError as error:
-        if not model.architecture:
-            return [str(error)]
-        return [str(error), *layout_problems(layout, described_config(model))]
-    return [*_other_model(model, own), *layout_problems(layout, own)]
-
-
-def _other_model(model: ModelConfig, own: PretrainedConfig) -> list[str]:
+        return [str(error)]
     return [
         f"model.path={model.path}: its config.json has {name}={getattr(own, name, None)}, model.architecture "
         f"{model.architecture[name]}; choose the model= that goes with the path, or model=hf"
@@ -162,6 +167,11 @@ def _read_hf_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
             f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]} Name a folder that "
             "holds it, or an id of the hub where the hub can be reached"
         ) from error
+
+
+def known_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration that `model.architecture` describes, or that of `model.path`. Raises UserError."""
+    return described_config(model) if model.architecture else read_hf_config(model)
 
 
 def described_config(model: ModelConfig) -> PretrainedConfig:

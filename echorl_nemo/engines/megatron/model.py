@@ -101,7 +101,7 @@ def configure(provider: Any, layout: ParallelConfig, platform: Platform) -> None
     }
     if provider.num_moe_experts:
         # the loss that balances experts depends on how rollouts are spread over micro-batches and ranks
-        settings |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+        settings |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0, "moe_router_dtype": "fp32"}
     for name, value in settings.items():
         setattr(provider, name, value)
     if not platform.transformer_engine:

@@ -1,0 +1,22 @@
+"""Settings in the override grammar of Hydra, which NeMo-Aligner and NeMo-RL share."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def override(key: str, value: Any, *, add: bool = False) -> str:
+    """``key=value``; with ``add`` also where the host's configuration has no such key."""
+    return f"{'++' if add else ''}{key}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # in quotes everything is text
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_text(key)}:{_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    return repr(value)

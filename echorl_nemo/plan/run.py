@@ -1,0 +1,116 @@
+"""The plan of a run: its problems, its layout and parameters, estimates of memory, time and network volume."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from echorl_nemo.engines.megatron.checks import Inputs
+from echorl_nemo.engines.megatron.layout import known_config, layout_problems
+from echorl_nemo.engines.megatron.platform import detect_platform
+from echorl_nemo.errors import UserError
+from echorl_nemo.plan import problems as find
+from echorl_nemo.plan.estimate import Item, Memory, memory, network_gigabytes, step_seconds
+from echorl_nemo.plan.parameters import StageParameters, stage_parameters, total_parameters
+from echorl_nemo.schema import RunConfig
+
+
+@dataclass
+class Plan:
+    """What is known about a run. Estimates are empty where the layout does not divide the model."""
+
+    config: RunConfig
+    model_type: str = "unknown model"
+    """Architecture, by transformers' name."""
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    """Of the whole model."""
+    stages: list[StageParameters] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    seconds: list[Item] = field(default_factory=list)
+    """Of each phase of a step."""
+    network: list[Item] = field(default_factory=list)
+    """GB that a GPU sends in a step."""
+    inputs: Inputs | None = None
+    """What the run reads; None where it was not looked for, or cannot be read."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run may start."""
+        return not self.problems
+
+
+def make_plan(config: RunConfig, *, elsewhere: bool = False) -> Plan:
+    """Find everything that can be known. Settles `parallel` in ``config``.
+
+    ``elsewhere``: the run is for another machine, so that files, folders and packages are not looked for.
+    """
+    plan = Plan(config)
+    plan.problems += find.settle(config)
+    plan.warnings += find.layout_warnings(config)
+    hf_config = None
+    try:
+        hf_config = known_config(config.model)
+    except UserError as error:
+        # where files are looked for, that one is among them
+        plan.problems += [str(error)] if elsewhere or config.model.architecture else []
+    if hf_config is not None:
+        plan.model_type = hf_config.model_type
+    plan.problems += find.static_problems(config, plan.model_type)
+    if hf_config is not None:
+        _count(plan, hf_config)
+    if not elsewhere:
+        found, plan.inputs = find.file_problems(config, plan.parameters)
+        plan.problems += found
+    return plan
+
+
+def _count(plan: Plan, hf_config: PretrainedConfig) -> None:
+    """Parameters and estimates, where the layout divides the model."""
+    config = plan.config
+    if uneven := layout_problems(config.parallel, hf_config):
+        plan.problems += uneven
+        return
+    plan.stages = stage_parameters(hf_config, config.parallel, detect_platform("cpu"))
+    plan.parameters = total_parameters(plan.stages, hf_config)
+    plan.memory = memory(config, hf_config, plan.stages)
+    plan.seconds = step_seconds(config, hf_config, plan.stages)
+    plan.network = network_gigabytes(config, hf_config, plan.stages)
+    plan.problems += find.memory_problems(config, plan.memory)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts; sizes in GiB, seconds and GB."""
+    layout, cluster = plan.config.parallel, plan.config.cluster
+    return {
+        "ok": plan.ok,
+        "problems": plan.problems,
+        "warnings": plan.warnings,
+        "engine": plan.config.engine,
+        "layout": {
+            name: getattr(layout, name) for name in ("tensor", "pipeline", "context", "expert", "sequence", "data")
+        },
+        "cluster": {"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node},
+        "parameters": plan.parameters,
+        "stages": [vars(stage) for stage in plan.stages],
+        "memory_gib": [
+            {"stage": each.stage, "update": each.update, "generate": each.generate, "items": _plain(each.items)}
+            for each in plan.memory
+        ],
+        "step_seconds": _plain(plan.seconds),
+        "network_gb": _plain(plan.network),
+    }
+
+
+def _plain(items: list[Item]) -> list[dict[str, Any]]:
+    return [vars(item) for item in items]
+
+
+def print_problems(plan: Plan) -> None:
+    """Every problem and warning, one a line, on stderr."""
+    for problem in plan.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,0 +1,171 @@
+"""The plan of every shipped run and model, and every way in which a run can be wrong."""
+
+import json
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from echorl_nemo.cli import main
+from echorl_nemo.config import CONFIG_DIR, load_config
+from echorl_nemo.engines.megatron.layout import described_config
+from echorl_nemo.engines.megatron.platform import detect_platform
+from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.plan.run import Plan, make_plan
+from echorl_nemo.schema import ParallelConfig, RunConfig
+
+quiet_libraries()
+PLATFORM = detect_platform("cpu")
+
+from echorl_nemo.plan.parameters import stage_parameters, total_parameters  # noqa: E402
+
+MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml") if path.stem not in ("hf", "tiny-chain"))
+LLAMA_70B = 70_553_706_496
+LLAMA = "model.nemo_path=/models/llama.nemo"
+
+
+def plan(*overrides: str, name: str = "echo_grpo_70b", elsewhere: bool = True) -> Plan:
+    return make_plan(load_config(name, overrides, schema=RunConfig), elsewhere=elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "layers"),
+    [
+        ([LLAMA], (8, 4, 1, 2), 20),
+        (
+            ["engine=nemo_rl", "algo=nemo_rl", "rollout=vllm", "parallel.tensor=4", "parallel.pipeline=8",
+             "parallel.context=2"],
+            (4, 8, 2, 1), 10,
+        ),
+    ],
+)  # fmt: skip
+def test_llama_70b_is_right_to_the_last_parameter(
+    overrides: list[str], layout: tuple[int, int, int, int], layers: int
+) -> None:
+    start = time.perf_counter()
+    made = plan(*overrides)
+    parallel = made.config.parallel
+    assert made.ok, made.problems
+    assert (parallel.tensor, parallel.pipeline, parallel.context, parallel.data) == layout
+    assert made.parameters == LLAMA_70B
+    # a rank's share: its part of the products and embeddings, and the norms, which every rank has
+    tensor, stages = parallel.tensor, len(made.stages)
+    norms = [2 * layers * 8192 + (8192 if number == stages - 1 else 0) for number in range(stages)]
+    for stage, own in zip(made.stages, norms, strict=True):
+        assert stage.layers == layers and (stage.rank - own) * tensor + own == stage.whole
+    assert sum(stage.whole for stage in made.stages) == LLAMA_70B
+    assert time.perf_counter() - start < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8e6  # kB
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_the_parameters_that_transformers_gives_it(model: str) -> None:
+    config = load_config("train", [f"model={model}", "data.train=x"], schema=RunConfig)
+    hf_config = described_config(config.model)
+    with torch.device("meta"):
+        reference = transformers.AutoModelForCausalLM.from_config(hf_config)
+    expected = sum(parameter.numel() for parameter in reference.parameters())
+    expert = 2 if "moe" in hf_config.model_type else 1
+    for layout in (
+        ParallelConfig(data=1),
+        ParallelConfig(tensor=2, pipeline=4, data=2, sequence=True, expert=expert),
+    ):
+        stages = stage_parameters(hf_config, layout, PLATFORM)
+        assert total_parameters(stages, hf_config) == expected
+    for gpus, default in config.model.layouts.items():
+        layout = replace(ParallelConfig(sequence=True), tensor=default.tensor, pipeline=default.pipeline)
+        assert gpus % (default.tensor * default.pipeline) == 0
+        assert total_parameters(stage_parameters(hf_config, layout, PLATFORM), hf_config) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3", "parallel.pipeline=4"], "cluster.nodes=8 x cluster.gpus_per_node=8 are 64 GPUs, but"),
+        (["parallel.tensor=3", "parallel.pipeline=4"], "parallel.tensor=3: the model's 64 attention heads are not"),
+        (["parallel.tensor=8", "parallel.pipeline=3"], "parallel.pipeline=3: the model's 80 layers are not divisible"),
+        (["trainer.minibatch_prompts=48"], "prompts_per_step=128 is not divisible by trainer.minibatch_prompts=48"),
+        (["trainer.minibatch_prompts=1"], "minibatch_prompts=1 groups are not divisible by parallel.data=2"),
+        (["rollout.group_size=1"], "rollout.group_size=1: algo.estimator=dr_grpo compares the rollouts of a group"),
+        (["trainer.recompute=none", "trainer.micro_batch_size=4"], "memory: a GPU of stage 0 needs about"),
+        (["model=qwen3-30b-a3b", LLAMA], "engine=nemo_aligner: NeMo 2.1 converts llama, qwen2, not the qwen3_moe"),
+        (["model.nemo_path=null"], "model.nemo_path=null: NeMo-Aligner trains a .nemo file; convert model.path as"),
+        (["rollout=vllm"], "rollout.engine=vllm: NeMo-RL alone has it"),
+        (["algo=dapo"], "dynamic_sampling=true: a step asks its prompts once here; use false"),
+        (["echorl.entropy_source=rollout"], "TensorRT-LLM returns tokens alone; use policy"),
+        (["parallel.context=2", "parallel.tensor=8", "parallel.pipeline=4"], "parallel.context=2: the NeMo-Aligner"),
+        (["trainer.pack_tokens=16384"], "trainer.pack_tokens=16384: the NeMo-Aligner engine has no such thing; use 0"),
+        (["engine=megatron", "parallel.context=2"], "parallel.context=2: the native engine does not split sequences"),
+        (["engine=nemo_rl"], "algo.aggregation=constant: NeMo-RL divides by tokens or rollouts"),
+        (["engine=nemo_rl"], "algo.entropy_coef=0.001: NeMo-RL has no such thing; use 0.0"),
+        (["engine=nemo_rl", "algo=dapo"], "algo.dynamic_sampling=true: it drops the all-correct groups"),
+        (["model=qwen3-30b-a3b", "parallel.sequence=false"], "parallel.sequence=false: Megatron trains a mixture of"),
+        (["model=qwen3-30b-a3b", "parallel.expert=3", "parallel.tensor=1"], "parallel.expert=3: the model's 128"),
+        (["parallel.expert=2"], "parallel.expert=2: the model has no experts; use 1"),
+    ],
+)  # fmt: skip
+def test_each_wrong_run_has_its_message(overrides: list[str], message: str) -> None:
+    made = plan(LLAMA, *overrides)
+    assert not made.ok
+    assert any(message in problem for problem in made.problems), made.problems
+
+
+def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = ["parallel.tensor=3", "rollout.group_size=1", "algo.dynamic_sampling=true", "data.train=nowhere.jsonl"]
+    code = main(
+        ["plan", "--config-name", "echo_grpo_70b", *overrides, f"trainer.run_dir={tmp_path}", "model.path=/none"]
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert code == 1 and all(line.startswith("error: ") for line in told)
+    for message in (
+        "are 64 GPUs, but parallel.tensor=3", "rollout.group_size=1", "64 attention heads", "8 key-value heads",
+        "model.nemo_path=null", "dynamic_sampling=true", "model.path=/none: no tokenizer can be read",
+        "model.path=/none: no Hugging Face model",
+    ):  # fmt: skip
+        assert sum(message in line for line in told) == 1, (message, told)
+
+
+def test_tensor_parallelism_over_nodes_is_a_warning() -> None:
+    made = plan(LLAMA, "cluster.gpus_per_node=4", "cluster.nodes=16")
+    assert made.ok and "parallel.tensor=8 spans nodes of 4 GPUs" in made.warnings[0]
+
+
+def test_a_plan_of_what_is_here(
+    in_repository: Path, tiny_chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = sum(weight.numel() for weight in load_file(tiny_chain / "model" / "model.safetensors").values())
+    norms = 5 * 64
+    assert main(["plan", "--json", "--config-name", "quickstart", f"trainer.run_dir={tmp_path / 'run'}"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] and printed["parameters"] == parameters and printed["layout"]["tensor"] == 2
+    assert [stage["rank"] for stage in printed["stages"]] == [(parameters - norms) // 2 + norms]
+    assert main(["plan", "--config-name", "quickstart", f"trainer.run_dir={tmp_path / 'run'}"]) == 0
+    assert f"{parameters:,} parameters" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_another(in_repository: Path, tiny_chain: Path) -> None:
+    made = plan(
+        "model=qwen2.5-7b-instruct", f"model.path={tiny_chain / 'model'}", "data=tiny-chain", "engine=megatron",
+        "rollout=tiny-chain", elsewhere=False,
+    )  # fmt: skip
+    assert any(
+        "its config.json has hidden_size=64, model.architecture 3584; choose the model=" in p for p in made.problems
+    )
+    assert any("model.stop_tokens=['<|im_end|>', '<|endoftext|>']: the tokenizer of" in p for p in made.problems)
+
+
+def test_a_folder_without_room_or_leave(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    from echorl_nemo.plan.problems import folder_problems
+
+    (problem,) = folder_problems(tmp_path / "file" / "run", 1)
+    assert "cannot be written to" in problem
+    (problem,) = folder_problems(tmp_path / "run", 10**15)
+    assert "a checkpoint has 14000000 GB; make room" in problem
+    assert folder_problems(tmp_path / "run", 1) == []
