@@ -1,0 +1,177 @@
+# What the batch scripts share: sourced by slurm/*.sbatch, which then call `start_run OVERRIDES...`. Every setting is a
+# variable; slurm/README.md lists them.
+# shellcheck shell=bash
+set -euo pipefail
+
+ENGINE=${ENGINE:-nemo_aligner}
+RUN_DIR=${RUN_DIR:-${SLURM_SUBMIT_DIR}/runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}}
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
+CONTAINER=${CONTAINER:-}
+CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-$([[ -n ${CONTAINER} ]] && echo pyxis || echo none)}
+MOUNTS=${MOUNTS:-}
+SRUN_OPTIONS=${SRUN_OPTIONS:-}
+PYTHON=${PYTHON:-python}
+MAX_RESTARTS_WITHOUT_PROGRESS=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
+if [[ ${CONTAINER_RUNTIME} == none ]]; then
+    HOME_OF_RANKS=${ECHORL_HOME}
+    PLAN_PYTHON=${PLAN_PYTHON:-${PYTHON}}
+else # as the Dockerfile lays them out
+    HOME_OF_RANKS=${ECHORL_IN_CONTAINER:-/opt/echorl_nemo}
+    PLAN_PYTHON=${PLAN_PYTHON:-/opt/echorl_plan/bin/python}
+fi
+
+start_run() {
+    say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job ${SLURM_JOB_ID}: engine ${ENGINE}, config ${CONFIG}, run folder ${RUN_DIR}"
+    check_settings
+    mkdir -p "${RUN_DIR}"
+    stop_without_progress
+    export_settings
+    check_nodes
+    make_plan "$@"
+    if [[ ${ENGINE} == nemo_rl ]]; then
+        start_on_ray
+    else
+        start_ranks
+    fi
+}
+
+say() {
+    echo "[$(date '+%F %T')] $*"
+}
+
+fail() {
+    say "error: $*" >&2
+    exit 1
+}
+
+check_settings() {
+    case ${ENGINE} in
+        megatron | nemo_aligner | nemo_rl) ;;
+        *) fail "ENGINE=${ENGINE}: use megatron, nemo_aligner or nemo_rl" ;;
+    esac
+    case ${CONTAINER_RUNTIME} in
+        pyxis | apptainer) [[ -n ${CONTAINER} ]] || fail "CONTAINER_RUNTIME=${CONTAINER_RUNTIME}: name the image, CONTAINER=..." ;;
+        none) ;;
+        *) fail "CONTAINER_RUNTIME=${CONTAINER_RUNTIME}: use pyxis, apptainer or none" ;;
+    esac
+    if [[ ${ENGINE} == nemo_rl ]]; then
+        [[ ${CONTAINER_RUNTIME} == pyxis ]] || fail "ENGINE=nemo_rl: its ray.sub needs pyxis; set CONTAINER to an image"
+        [[ -f ${NEMO_RL_HOME:-}/ray.sub ]] || fail "NEMO_RL_HOME=${NEMO_RL_HOME:-}: name a checkout of NeMo-RL v0.7.0 on shared storage; no ray.sub is there"
+    fi
+    [[ -f ${ECHORL_HOME}/slurm/check_node.sh ]] || fail "ECHORL_HOME=${ECHORL_HOME}: no checkout of echorl_nemo"
+}
+
+export_settings() {
+    local first
+    first=$(scontrol show hostnames "${SLURM_JOB_NODELIST}" | head -n 1)
+    export MASTER_ADDR=${MASTER_ADDR:-${first}}
+    export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    export PYTHONPATH=${HOME_OF_RANKS}${PYTHONPATH:+:${PYTHONPATH}}
+    export GPUS_PER_NODE RUN_DIR
+}
+
+# A job that is put back again and again without a newer checkpoint is broken.
+stop_without_progress() {
+    local newest log=${RUN_DIR}/attempts.txt
+    newest=$(find "${RUN_DIR}/checkpoints" -mindepth 1 -maxdepth 1 ! -name '*.partial' ! -name '*unfinished*' ! -name 'tmp_*' \
+        -printf '%T@ %f\n' 2> /dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2- || true)
+    echo "${newest:-none}" >> "${log}"
+    if (($(tail -n "$((MAX_RESTARTS_WITHOUT_PROGRESS + 1))" "${log}" | grep -cFx -- "${newest:-none}") > MAX_RESTARTS_WITHOUT_PROGRESS)); then
+        fail "${MAX_RESTARTS_WITHOUT_PROGRESS} restarts from the same checkpoint (${newest:-none}): not put back again; see the log above, then remove ${log}"
+    fi
+}
+
+# One task on each node: what is wrong with a node is told with its name.
+check_nodes() {
+    # shellcheck disable=SC2086  # options are words
+    srun ${SRUN_OPTIONS} --ntasks-per-node=1 --kill-on-bad-exit=0 bash "${ECHORL_HOME}/slurm/check_node.sh" \
+        || fail "a node is not fit to run, see above; exclude it with sbatch --exclude=NODE"
+}
+
+# What would fail fails here, within seconds; writes the command of the run to RUN_DIR/launch.
+make_plan() {
+    local settings=()
+    if [[ ${ENGINE} == nemo_rl ]]; then
+        settings=(algo=nemo_rl rollout=vllm) # as much of the configuration as it has
+    elif [[ ${ENGINE} == megatron && -e ${RUN_DIR}/metrics.jsonl ]]; then
+        settings=(trainer.resume=true)
+    fi
+    run_in_container 1 1 "${PLAN_PYTHON}" -m echorl_nemo plan --config-name "${CONFIG}" --launch "${RUN_DIR}/launch" \
+        "engine=${ENGINE}" "cluster.nodes=${SLURM_JOB_NUM_NODES}" "cluster.gpus_per_node=${RANKS_PER_NODE}" \
+        "trainer.run_dir=${RUN_DIR}" "${settings[@]}" "$@" \
+        || fail "the plan found problems, see above; nothing was started"
+}
+
+# run_in_container NODES TASKS_PER_NODE COMMAND...
+run_in_container() {
+    local nodes=$1 tasks=$2 options=() wrapper=() cpus
+    cpus=$((SLURM_CPUS_ON_NODE > $2 ? SLURM_CPUS_ON_NODE / $2 : 1))
+    shift 2
+    case ${CONTAINER_RUNTIME} in
+        pyxis)
+            options=(--container-image="${CONTAINER}" --no-container-mount-home --container-workdir="${HOME_OF_RANKS}")
+            # where the image sets them too, the job's win
+            options+=(--container-env="PYTHONPATH,OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG")
+            [[ -z ${MOUNTS} ]] || options+=(--container-mounts="${MOUNTS}")
+            ;;
+        apptainer)
+            wrapper=(apptainer exec --no-home --pwd "${HOME_OF_RANKS}" --env "PYTHONPATH=${PYTHONPATH}")
+            ((GPUS_PER_NODE == 0)) || wrapper+=(--nv)
+            [[ -z ${MOUNTS} ]] || wrapper+=(--bind "${MOUNTS}")
+            wrapper+=("${CONTAINER}")
+            ;;
+        none) options=(--chdir="${HOME_OF_RANKS}") ;;
+    esac
+    # shellcheck disable=SC2086  # options are words
+    srun ${SRUN_OPTIONS} --nodes="${nodes}" --ntasks-per-node="${tasks}" --cpus-per-task="${cpus}" --kill-on-bad-exit=1 \
+        "${options[@]}" "${wrapper[@]}" "$@"
+}
+
+# One task for each rank. USR1, which comes before the time limit, and TERM go to the ranks; then the job is put back.
+start_ranks() {
+    local command code=0 stopping=
+    mapfile -t command < "${RUN_DIR}/launch/command.txt"
+    say "${SLURM_JOB_NUM_NODES} nodes x ${RANKS_PER_NODE} ranks: ${PYTHON} ${command[*]}"
+    run_in_container "${SLURM_JOB_NUM_NODES}" "${RANKS_PER_NODE}" "${PYTHON}" "${command[@]}" &
+    local ranks=$!
+    trap 'stopping=USR1; kill -USR1 "${ranks}"' USR1
+    trap 'stopping=TERM; kill -TERM "${ranks}"' TERM
+    wait_for "${ranks}" || code=$?
+    if [[ -n ${stopping} ]]; then
+        say "stopped by ${stopping}, ranks ended with ${code}: put back in the queue"
+        scontrol requeue "${SLURM_JOB_ID}"
+        exit 0
+    fi
+    ((code == 0)) || fail "ranks ended with ${code}"
+    say "the run is done"
+}
+
+# A signal ends bash's wait early.
+wait_for() {
+    local code=0
+    while kill -0 "$1" 2> /dev/null; do
+        code=0
+        wait "$1" || code=$?
+    done
+    return "${code}"
+}
+
+# NeMo-RL's own launcher starts Ray on every node and the command on the first.
+start_on_ray() {
+    local command
+    mapfile -t command < "${RUN_DIR}/launch/command.txt"
+    COMMAND="cd /opt/nemo-rl && PYTHONPATH=${HOME_OF_RANKS}:\${PYTHONPATH:-} uv run --no-sync python $(printf '%q ' "${command[@]}")"
+    export COMMAND CONTAINER MOUNTS
+    # of a fresh attempt: ray.sub takes an old one's files for its own
+    export BASE_LOG_DIR=${RUN_DIR}/ray/attempt-${SLURM_RESTART_COUNT:-0}
+    mkdir -p "${BASE_LOG_DIR}"
+    say "${NEMO_RL_HOME}/ray.sub: ${COMMAND}"
+    bash "${NEMO_RL_HOME}/ray.sub" || fail "ray.sub ended with $?; see ${BASE_LOG_DIR}"
+    say "the run is done"
+}
