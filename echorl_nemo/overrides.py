@@ -1,6 +1,6 @@
 """Settings in the override grammar of Hydra, which NeMo-Aligner and NeMo-RL share."""
 
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +14,10 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # in quotes everything is text
+        # in quotes everything is text, but for quotes, and backslashes before one
+        return '"' + re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + (r"\"" if match[2] else ""), value) + '"'
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_text(key)}:{_text(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_text, value)) + "]"
     return repr(value)

@@ -79,7 +79,7 @@ export_settings() {
 # A job that is put back again and again without a newer checkpoint is broken.
 stop_without_progress() {
     local newest log=${RUN_DIR}/attempts.txt
-    newest=$(find "${RUN_DIR}/checkpoints" -mindepth 1 -maxdepth 1 ! -name '*.partial' ! -name '*unfinished*' ! -name 'tmp_*' \
+    newest=$(find "${RUN_DIR}/checkpoints" "${RUN_DIR}/nemo_aligner/checkpoints" -mindepth 1 -maxdepth 1 ! -name '*.partial' ! -name '*unfinished*' ! -name 'tmp_*' \
         -printf '%T@ %f\n' 2> /dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2- || true)
     echo "${newest:-none}" >> "${log}"
     if (($(tail -n "$((MAX_RESTARTS_WITHOUT_PROGRESS + 1))" "${log}" | grep -cFx -- "${newest:-none}") > MAX_RESTARTS_WITHOUT_PROGRESS)); then

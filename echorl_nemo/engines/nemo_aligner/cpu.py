@@ -247,15 +247,16 @@ class _MultiTensor:
 
 
 def _replace_strategy() -> None:
-    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
     from nemo.collections.nlp.parts import megatron_trainer_builder
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 
     def gloo_strategy(self: Any) -> Any:
-        under_torchrun = TorchElasticEnvironment.detect()
+        launchers = (TorchElasticEnvironment, SLURMEnvironment)
+        launcher: type = next((each for each in launchers if each.detect()), LightningEnvironment)
         return NLPDDPStrategy(
             process_group_backend="gloo",
-            cluster_environment=TorchElasticEnvironment() if under_torchrun else LightningEnvironment(),
+            cluster_environment=launcher(),
             no_ddp_communication_hook=True,
             find_unused_parameters=False,
         )

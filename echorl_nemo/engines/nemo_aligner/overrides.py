@@ -28,7 +28,8 @@ def overrides(
         "pretrained_checkpoint.restore_from_path": config.model.nemo_path,
         "data.train": str(train),
         "data.validation": str(evaluate or train),
-        "exp_manager.explicit_log_dir": config.trainer.run_dir,
+        # a folder of its own: exp_manager moves the files that it finds in it
+        "exp_manager.explicit_log_dir": str(Path(config.trainer.run_dir) / "nemo_aligner"),
         "exp_manager.create_wandb_logger": config.logger.wandb_project is not None,
         "verifier.name": config.data.reward,
         "verifier.workers": config.data.reward_workers,
@@ -72,7 +73,7 @@ def _trainer(config: RunConfig, model_type: str) -> dict[str, Any]:
         "model.optim.lr": trainer.lr,
         "model.optim.weight_decay": trainer.weight_decay,
         "model.optim.betas": [trainer.adam_beta1, trainer.adam_beta2],
-        "model.seed": trainer.seed,
+        "model.seed": trainer.seed + 1,  # NeMo refuses 0
     }
 
 
