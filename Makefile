@@ -8,13 +8,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PLAN_READY := $(VENV)/.plan-ready
 ALIGNER := .venv-aligner
 ALIGNER_READY := $(ALIGNER)/.ready
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-aligner test-nemo-rl lint clean
+.PHONY: quickstart test test-main test-aligner test-nemo-rl lint plan-environment clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
@@ -41,6 +42,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/hadolint Dockerfile
+
+# what `echorl-nemo plan` needs, beside a host's own environment (see Dockerfile)
+plan-environment: $(PLAN_READY)
 
 # torch first and by itself, so that no other package's wish brings another build of it
 $(READY): constraints.txt setup.cfg pyproject.toml
@@ -50,6 +56,14 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[native,dev]"
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
 	touch $(READY)
+
+$(PLAN_READY): constraints.txt setup.cfg pyproject.toml
+	@echo "== making the virtual environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[native]"
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
+	touch $(PLAN_READY)
 
 $(ALIGNER_READY): requirements-aligner.txt
 	@echo "== making the virtual environment $(ALIGNER)"
