@@ -42,9 +42,14 @@ PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscri
 """
 
 
-def missing_programs() -> list[str]:
-    """What this machine lacks for a cluster."""
-    return [name for name in PROGRAMS if shutil.which(name) is None and not Path("/usr/sbin", name).exists()]
+def missing() -> list[str]:
+    """What this machine lacks for a cluster; `.ci/run` installs Debian's slurmctld, slurmd, slurm-client and munge."""
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None and not Path("/usr/sbin", name).exists()]
+    return [
+        *lacking,
+        *([] if os.geteuid() == 0 else ["root"]),
+        *([] if Path("/sys/fs/cgroup").is_mount() else ["/sys/fs/cgroup"]),
+    ]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if importlib.util.find_spec("nemo_aligner") is None:
         "test_batch.py",
         "test_example.py",
         "test_rewards.py",
+        "test_slurm.py",
         "test_trainer.py",
     ]
 else:
