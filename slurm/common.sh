@@ -143,7 +143,7 @@ start_ranks() {
     trap 'stopping=USR1; kill -USR1 "${ranks}"' USR1
     trap 'stopping=TERM; kill -TERM "${ranks}"' TERM
     wait_for "${ranks}" || code=$?
-    if [[ -n ${stopping} ]]; then
+    if [[ -n ${stopping} && ${code} != 0 ]]; then
         say "stopped by ${stopping}, ranks ended with ${code}: put back in the queue"
         scontrol requeue "${SLURM_JOB_ID}"
         exit 0

@@ -70,6 +70,10 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
+    def is_idle(self) -> bool:
+        """Whether both nodes are up and free."""
+        return self.run("sinfo", "--noheader", "--format=%t %D", check=False).split() == ["idle", "2"]
+
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` knows."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
@@ -103,7 +107,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         _daemon(cluster, "slurmctld", "-i")
         for name in ("n1", "n2"):
             _daemon(cluster, "slurmd", "-N", name)
-        _until(lambda: cluster.run("sinfo", "--noheader", "--format=%t %D", check=False).split() == ["idle", "2"])
+        _until(cluster.is_idle)
         yield cluster
         cluster.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
     finally:

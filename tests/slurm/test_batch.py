@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,33 @@ def test_a_wrong_run_fails_in_its_plan_within_seconds(cluster: Cluster, tmp_path
     ):
         assert message in told, told
     assert not (run / "metrics.jsonl").exists() and not (run / "launch").exists()
+
+
+def test_a_warning_before_the_time_limit_puts_the_job_back(cluster: Cluster, tmp_path: Path) -> None:
+    """USR1, as `--signal` sends it; the second attempt goes on from the newest checkpoint to the end."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    overrides = ["trainer.steps=16", "trainer.save_every=1", "trainer.export=false", *SMALL]
+    job = submit(cluster, SCRIPTS[0].name, *overrides, log=log, RUN_DIR=str(run))
+    until(lambda: (run / "checkpoints" / "step-000002").is_dir(), seconds=120, log=log)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: "stopped by USR1" in log.read_text(), seconds=60, log=log)
+    cluster.wait(job, "PENDING", seconds=60)
+    until(cluster.is_idle, seconds=60, log=log)
+    time.sleep(3)  # a node takes a job that begins in the second of its end for the old one
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait two minutes
+    state = cluster.wait(job, "COMPLETED", "FAILED", seconds=240)
+    told = log.read_text()
+    assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", told
+    assert "attempt 2 of job" in told and "trainer.resume=true" in told
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
+    assert steps == list(range(16))
+
+
+def until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
