@@ -136,6 +136,8 @@ def problems(config: RunConfig, model_type: str) -> list[str]:
         ("parallel.expert", config.parallel.expert, 1),
         ("trainer.pack_tokens", config.trainer.pack_tokens, 0),
         ("trainer.warmup_steps", config.trainer.warmup_steps, 0),
+        ("trainer.eval_group_size", config.trainer.eval_group_size, 1),
+        ("trainer.eval_temperature", config.trainer.eval_temperature, None),
         ("logger.mlflow_experiment", config.logger.mlflow_experiment, None),
     ):
         if value != usual:

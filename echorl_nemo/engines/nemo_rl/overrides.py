@@ -212,6 +212,8 @@ def untranslatable(config: RunConfig) -> list[str]:
         ("algo.importance", algo.importance, "policy"),
         ("data.reward", data.reward, "math"),
         ("data.extra_rewards", len(data.extra_rewards), 0),
+        ("trainer.eval_group_size", config.trainer.eval_group_size, 1),
+        ("trainer.eval_temperature", config.trainer.eval_temperature, None),
         ("parallel.device", config.parallel.device == "cpu", False),
     ):
         if value != wanted:
