@@ -157,13 +157,18 @@ def _rollout_memory(
         concurrent = min(rollout.batch_size, math.ceil(sizes.rollouts / (layout.data or 1)))
         value = concurrent * sizes.tokens * stages[number].layers * 4 * sizes.keys / min(layout.tensor, sizes.keys)
         return [Item("KV cache", value, f"{concurrent} rollouts x {sizes.tokens} tokens x layers x 4k/T")]
-    weights = 2 * total / rollout.trtllm.tensor_parallel
+    weights = 2 * total / engine_gpus(config)
     free = max(0.0, config.cluster.gpu_memory_gib * GIB - used - weights)
     return [
-        Item("engine's weights", weights, "2 x all parameters / rollout.trtllm.tensor_parallel"),
+        Item("engine's weights", weights, "2 x all parameters / GPUs of an engine"),
         Item("KV cache", rollout.trtllm.gpu_memory_fraction * free, "gpu_memory_fraction of what is free"),
         Item("refit", rollout.trtllm.refit_bucket_mb * (1 << 20), "rollout.trtllm.refit_bucket_mb"),
     ]
+
+
+def engine_gpus(config: RunConfig) -> int:
+    """GPUs of a rollout engine of its own; vLLM is given as many as share a layer in training."""
+    return config.rollout.trtllm.tensor_parallel if config.rollout.engine == "trtllm" else config.parallel.tensor
 
 
 def step_seconds(config: RunConfig, hf: PretrainedConfig, stages: list[StageParameters]) -> list[Item]:
@@ -197,9 +202,9 @@ def _generation_seconds(config: RunConfig, sizes: Shape, stages: list[StageParam
         engines, concurrent = layout.data or 1, rollout.batch_size
         weights, sharing = float(sum(2 * stage.rank for stage in stages)), layout.tensor
     else:
-        engines, concurrent = max(1, gpus // rollout.trtllm.tensor_parallel), sizes.rollouts
-        weights = 2 * sum(stage.whole for stage in stages) / rollout.trtllm.tensor_parallel
-        sharing = rollout.trtllm.tensor_parallel
+        sharing = engine_gpus(config)
+        engines, concurrent = max(1, gpus // sharing), sizes.rollouts
+        weights = 2 * sum(stage.whole for stage in stages) / sharing
     each = math.ceil(sizes.rollouts / engines)
     waves = math.ceil(each / concurrent)
     reading = weights + min(each, concurrent) * kv / sharing
@@ -225,7 +230,7 @@ def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[Stag
         Item("pipeline", 0.0 if layout.pipeline == 1 else 3 * tokens * 2 * hf.hidden_size / spread, "3 x tokens x 2h"),
         Item("data", steps * 6 * stage.rank * (replicas - 1) / replicas, "optimizer steps x 6 P"),
     ]
-    if config.rollout.engine == "trtllm":
-        weights = 2 * sum(each.whole for each in stages) / config.rollout.trtllm.tensor_parallel
-        items.append(Item("refit", weights, "2 x all parameters / rollout.trtllm.tensor_parallel"))
+    if config.rollout.engine != "megatron":
+        weights = 2 * sum(each.whole for each in stages) / engine_gpus(config)
+        items.append(Item("refit", weights, "2 x all parameters / GPUs of an engine"))
     return [Item(item.name, item.value / 1e9, item.formula) for item in items]

@@ -130,6 +130,24 @@ def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_p
         assert sum(message in line for line in told) == 1, (message, told)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [([LLAMA], 8), (["engine=nemo_rl", "algo=nemo_rl", "rollout=vllm", "parallel.tensor=4", "parallel.pipeline=8"], 4)],
+)
+def test_memory_is_what_the_formulas_say(overrides: list[str], gpus: int) -> None:
+    """Counted here from the model's own sizes: 80 layers of 8192 x 28672, 8 key-value heads of 128."""
+    made = plan(*overrides)
+    tensor, layers = made.config.parallel.tensor, 80 // made.config.parallel.pipeline
+    first = {item.name: item.value * 2**30 for item in made.memory[0].items}
+    assert first["weights"] == 2 * made.stages[0].rank
+    assert first["engine's weights"] == 2 * LLAMA_70B / gpus
+    assert first["optimizer"] == 12 * made.stages[0].rank / (made.config.parallel.data or 1)
+    tokens = 1024 + 8192
+    layer = tokens * (8 * 8192 + 4 * 8192 + 4 * 1024 + 6 * 28672) / tensor
+    in_flight = made.config.parallel.pipeline
+    assert first["activations"] == in_flight * layers * tokens * 2 * 8192 / tensor + layer
+
+
 def test_tensor_parallelism_over_nodes_is_a_warning() -> None:
     made = plan(LLAMA, "cluster.gpus_per_node=4", "cluster.nodes=16")
     assert made.ok and "parallel.tensor=8 spans nodes of 4 GPUs" in made.warnings[0]
