@@ -33,7 +33,7 @@ def _train(cluster: Cluster, tiny_nemo: Path, planner: Path, folder: Path) -> No
     command = [
         "sbatch", "--parsable", "--nodes=2", f"--output={log}", "slurm/echo_grpo_70b.sbatch",
         f"model.nemo_path={tiny_nemo}", "trainer.steps=1", "trainer.prompts_per_step=4", "trainer.minibatch_prompts=2",
-        "trainer.micro_batch_size=4", "rollout.group_size=4", "data.eval=null",
+        "trainer.micro_batch_size=4", "rollout.group_size=4", "data.eval=null", "trainer.eval_group_size=1",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=REPOSITORY, env={**cluster.environment, **variables}, capture_output=True, text=True, timeout=60
