@@ -1,12 +1,13 @@
-"""The command line: `echorl-nemo plan`, `train`, `evaluate`, `analyze` and `report`."""
+"""The command line: `echorl-nemo plan`, `train`, `evaluate`, `analyze`, `export` and `report`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import SharedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         examine.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
         examine.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
 
+    export = commands.add_parser("export", help="write a checkpoint's policy as a Hugging Face folder")
+    export.add_argument("checkpoint", type=Path, help="run_dir/checkpoints/step-NNNNNN")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("overrides", nargs="*", help="of the run's configuration: parallel.tensor=1 model.path=...")
+
     report = commands.add_parser("report", help="write report.html of one or more run folders")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first folder)")
@@ -47,8 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides after an option that came after others
         options.overrides += rest
     try:
-        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "report": _report}
+        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "export": _export,
+                       "report": _report}  # fmt: skip
         return commands_of[options.command](options)
+    except SharedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -107,6 +118,24 @@ def _examine(options: argparse.Namespace) -> int:
         print(to_yaml(config).rstrip())
         return 0
     return evaluate(config) if options.command == "evaluate" else analyze(config)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from echorl_nemo.config import load_config
+    from echorl_nemo.engines.megatron.run import export
+    from echorl_nemo.report.logger import CONFIG_FILE
+    from echorl_nemo.schema import RunConfig
+
+    name = Path(CONFIG_FILE).stem
+    if not (options.checkpoint / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{options.checkpoint}: no checkpoint, it has no {CONFIG_FILE}; name run_dir/checkpoints/step-NNNNNN"
+        )
+    config = load_config(name, options.overrides, options.checkpoint, schema=RunConfig)
+    code = export(config, options.checkpoint, options.out)
+    if code == 0:
+        print(options.out)
+    return code
 
 
 def _report(options: argparse.Namespace) -> int:

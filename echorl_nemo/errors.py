@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input. The message names the field, its value and the remedy; the command line prints it without a trace."""
 
 
+class SharedError(UserError):
+    """The same on every rank, so that the main one alone tells it."""
+
+
 def nearest(key: str, keys: Sequence[str]) -> str:
     """Advice that names the valid key nearest to ``key``."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)

@@ -11,6 +11,7 @@ from echorl_nemo.echo.config import STEP_REDUCTIONS
 from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import AlgoConfig
 from echorl_nemo.report.logger import LoggerConfig
+from echorl_nemo.resilience.config import CheckpointConfig, ResilienceConfig
 from echorl_nemo.rollout.engine import RolloutConfig
 
 ENGINES = ("megatron", "nemo_aligner", "nemo_rl")
@@ -143,7 +144,8 @@ class TrainerConfig:
     """Folder of the run: config, metrics, rollouts, checkpoints, report."""
 
     resume: bool = False
-    """Go on from the newest checkpoint of `run_dir`. False refuses a folder that holds a run."""
+    """Go on from the newest sound checkpoint of `run_dir`, from the start where it has none. False refuses a folder
+    that holds a run."""
 
     steps: int = 100
     """Training steps: each generates, verifies, scores and updates."""
@@ -288,7 +290,7 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run is made of; one Hydra group of `conf/` for each section."""
+    """Everything a run is made of; one Hydra group of `conf/` for each section but `checkpoint` and `resilience`."""
 
     engine: str = "megatron"
     """Who trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts with launchers of their own that
@@ -302,6 +304,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
 from echorl_nemo.report.logger import read_lines
+from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 
@@ -155,9 +156,10 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, platform: Platform, golden: Path) -> dict[str, Any]:
-    from echorl_nemo.engines.megatron.worker import build_trainer
+    from echorl_nemo.engines.megatron.worker import build_trainer, form_groups
 
-    trainer = build_trainer(config, check(config), platform)
+    watch = Watch(None, 0, limit_seconds=0)
+    trainer = build_trainer(config, check(config), platform, form_groups(config, platform), watch)
     solutions, mask = chain_batch(trainer, golden)
 
     def measure() -> dict[str, float]:
@@ -168,7 +170,7 @@ def _train(config: RunConfig, platform: Platform, golden: Path) -> dict[str, Any
                 "response_length": evaluation["eval.response_length"]}  # fmt: skip
 
     before = measure()
-    steps = [trainer.step()[0] for _ in range(config.trainer.steps)]
+    steps = [trainer.step().metrics for _ in range(config.trainer.steps)]
     last = steps[-5:]
 
     def mean(name: str) -> float | None:

@@ -1,5 +1,6 @@
 """Real gloo ranks for tests: processes forked from the test's, so that nothing is imported twice."""
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -68,6 +69,7 @@ def _results(receivers: list[Connection]) -> list[Any]:
 def _rank(
     rank: int, world: int, rendezvous: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # Megatron collects garbage at every save, and pytest's objects are many
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         answer: tuple[str, Any] = ("", function(*args))

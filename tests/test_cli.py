@@ -121,7 +121,7 @@ def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest
         (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] must lie in 1 to evaluation.samples=2"),
         (
             ["data.eval=nowhere.jsonl", "evaluation.checkpoint=/nowhere"],
-            "evaluation.checkpoint=/nowhere: no such folder",
+            "evaluation.checkpoint=/nowhere is no complete checkpoint",
         ),
         (["evaluation.sample=2"], "did you mean evaluation.samples?"),
     ):

@@ -1,5 +1,6 @@
 """Prompts with reference answers, from a data source."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -153,6 +154,14 @@ class PromptData:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(tokens) for tokens in self._tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """Number of prompts, and a hash of them and their answers in their order."""
+        digest = hashlib.sha256()
+        for tokens, answer in zip(self._tokens, self._answers, strict=True):
+            digest.update(f"{tokens} {answer!r}\n".encode())
+        return f"{len(self)} prompts {digest.hexdigest()[:16]}"
 
     def all(self) -> list[Prompt]:
         """Every prompt, in the source's order."""

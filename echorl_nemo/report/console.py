@@ -1,5 +1,7 @@
 """What the terminal shows of a run: a line for each step, a progress bar, a closing summary."""
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ PHASES = ("generate", "verify", "score", "update")
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """The diagnosis of a step in one line; ``values`` are its metrics, ``step`` counts from 0."""
+    """The diagnosis of a step in one line; ``values`` are its metrics, ``step`` counts from 0. A skipped step has none
+    of those that an update gives."""
+    values = defaultdict(lambda: math.nan, values)
     parts = [
-        f"step {step + 1}/{steps}",
+        f"step {step + 1}/{steps}{' SKIPPED' if values.get('skipped') else ''}",
         f"reward {values['reward']:.3f}",
         f"all-one {values['all_one']:.2f} all-zero {values['all_zero']:.2f}",
         f"truncated {values['truncated']:.2f} length {values['response_length']:.0f}",
@@ -26,7 +30,10 @@ def step_line(step: int, steps: int, values: dict[str, float]) -> str:
             f"loss {values['clip_loss']:.3f}"
         )
     if values.get("verify.failures"):
-        parts.append(f"{values['verify.failures']:.0f} verifier failures, see verifier_failures.jsonl")
+        parts.append(
+            f"{values['verify.failures']:.0f} verifier failures, {values['verify.timeouts']:.0f} out of time, see "
+            "verifier_failures.jsonl"
+        )
     parts.append(f"entropy {values['entropy']:.4f} grad {values['grad_norm']:.3g}")
     split = " ".join(f"{phase} {values[f'time.{phase}']:.1f}" for phase in PHASES)
     parts.append(f"{values['tokens_per_second']:.0f} tok/s, {split} s")

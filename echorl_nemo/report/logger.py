@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,8 @@ def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

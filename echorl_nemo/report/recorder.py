@@ -1,5 +1,6 @@
 """Everything that a run shows and writes, in one place; only the main rank has one."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,9 @@ class Recorder:
         pieces: Callable[[list[int]], list[str]],
         failures: Sequence[dict[str, str]] = (),
     ) -> None:
-        """A training step, its rollouts where they are due, and the verifiers that failed."""
+        """A training step, its rollouts where they are due, and the verifiers that failed. A metric that is not finite
+        is left out: JSON has no such number."""
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.logger.metrics(step, metrics)
         self.logger.failures(step, failures)
         if self.logger.keeps_rollouts(step, last=step == self.steps - 1):
@@ -48,6 +51,10 @@ class Recorder:
             self.console.say(f"warning: {warning}")
         if "eval.accuracy" in metrics:
             self.console.evaluation(metrics)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        self.console.say(text)
 
     def finish(self) -> None:
         """Close the files, write the report, print the summary."""

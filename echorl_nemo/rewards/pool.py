@@ -11,6 +11,7 @@ from functools import cache
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier
 
 
@@ -51,7 +52,7 @@ class VerifierPool:
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 initializer=_start_worker,
-                initargs=[self.names],
+                initargs=[self.names, os.getpid()],
                 context=multiprocessing.get_context("spawn"),
             )
         futures = [self._pool.schedule(_verify, args=[name, *pair], timeout=self._timeout) for pair in pairs]
@@ -68,7 +69,8 @@ class VerifierPool:
             return Verdict(0.0, f"raised {type(error).__name__}: {error}")
 
 
-def _start_worker(names: Sequence[str]) -> None:
+def _start_worker(names: Sequence[str], rank: int) -> None:
+    die_with_parent(rank)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a verifier prints is no output of the run
     for name in names:
         _cached_verifier(name)  # imports do not count against the first pair's time

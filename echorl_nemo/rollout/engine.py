@@ -36,6 +36,10 @@ class TrtllmConfig:
     refit_bucket_mb: int = 1024
     """MiB of weights that travel at a time; so much more memory is needed meanwhile."""
 
+    timeout_minutes: float = 120.0
+    """How long the engine may take for one call: to start, for all rollouts of a step, for a part of the weights. Then
+    it counts as hanging, and is started again once."""
+
     max_waiting_tokens: int = 1 << 26
     """Tokens whose entropies may wait in a worker to be collected, 24 bytes each; more is an error."""
 
@@ -46,6 +50,8 @@ class TrtllmConfig:
         for name in ("replicas", "tensor_parallel", "max_num_tokens", "refit_bucket_mb", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"rollout.trtllm.{name}={getattr(self, name)} must be at least 1")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"rollout.trtllm.timeout_minutes={self.timeout_minutes} must be above 0")
         if not 0 < self.gpu_memory_fraction < 1:
             raise UserError(f"rollout.trtllm.gpu_memory_fraction={self.gpu_memory_fraction} must lie in (0, 1)")
 
@@ -101,6 +107,18 @@ class RolloutConfig:
         for name in ("group_size", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"rollout.{name}={getattr(self, name)} must be at least 1")
+
+
+class EngineError(RuntimeError):
+    """An engine that died, or gave no answer in time. Raised on every rank alike; a new one may do."""
+
+    def __init__(self, what: str, log: str = "") -> None:
+        """``log``: the end of what the engine printed."""
+        super().__init__(what, log)
+        self.log = log
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class WeightSource(Protocol):

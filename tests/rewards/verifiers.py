@@ -31,3 +31,9 @@ def hangs_at_times(response: str, answer: str) -> float:
     if "=3" in response:
         time.sleep(600)
     return float(response.rstrip().endswith(f"A:{answer}"))
+
+
+def hangs_on_four(response: str, answer: str) -> float:
+    if answer == "4":
+        time.sleep(600)
+    return 0.5

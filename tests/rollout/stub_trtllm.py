@@ -80,11 +80,22 @@ class Behaviour:
     shift_rows: bool = False
     """The sampler takes other rows than the requests'."""
     spec_decode: bool = False
+    dies_after: int | None = None
+    """Steps of an engine after which its workers are dead."""
+    hangs_after: int | None = None
+    """Steps of an engine after which it stands still."""
+    faulty_engines: int = 1
+    """The first engines, which have those two faults."""
     fail_refit_after: int | None = None
     """Buckets that are taken over before one fails."""
 
 
 BEHAVIOUR = Behaviour()
+REMOVED_PLACES: list[Any] = []
+
+
+class RayError(Exception):
+    """What Ray raises for an actor that died."""
 
 
 @dataclass
@@ -319,8 +330,8 @@ class RayGPUWorker:
 class RequestOutput:
     """Awaitable; then `outputs[0]`."""
 
-    def __init__(self, executor: PyExecutor, request: LlmRequest, request_id: int) -> None:
-        self._executor, self._request, self.request_id = executor, request, request_id
+    def __init__(self, llm: "AsyncLLM", request: LlmRequest, request_id: int) -> None:
+        self._llm, self._request, self.request_id = llm, request, request_id
         self.outputs: list[Any] = []
 
     def __await__(self) -> Any:
@@ -328,6 +339,8 @@ class RequestOutput:
 
     async def _wait(self) -> "RequestOutput":
         await self._request.done.wait()
+        if self._llm.failure is not None:
+            raise self._llm.failure
         request = self._request
         self.outputs = [
             types.SimpleNamespace(
@@ -341,7 +354,7 @@ class RequestOutput:
 
     def abort(self) -> None:
         if self._request.finish_reason is None:
-            self._executor.finish(self._request, "cancelled")
+            self._llm.worker.engine.finish(self._request, "cancelled")
 
 
 ARGUMENTS = {
@@ -373,6 +386,7 @@ class AsyncLLM:
         self._next_id = 100
         self._task: asyncio.Task[None] | None = None
         self.ready = self.closed = False
+        self.failure: RayError | None = None
         AsyncLLM.created.append(self)
 
     async def setup_async(self) -> None:
@@ -394,18 +408,29 @@ class AsyncLLM:
         self.worker.engine.waiting.append(request)
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._steps())
-        return RequestOutput(self.worker.engine, request, self._next_id)
+        return RequestOutput(self, request, self._next_id)
 
     async def _steps(self) -> None:
-        engine = self.worker.engine
+        engine, steps = self.worker.engine, 0
+        faulty = AsyncLLM.created.index(self) < BEHAVIOUR.faulty_engines
         while engine.waiting or engine.active or engine._pending:
+            if faulty and steps == BEHAVIOUR.dies_after:
+                self.failure = RayError("the actor died: exit code 139")
+                for request in (*engine.waiting, *engine.active):
+                    request.done.set()
+                return
+            if faulty and steps == BEHAVIOUR.hangs_after:
+                await asyncio.Event().wait()
             engine.step()
+            steps += 1
             await asyncio.sleep(0)
 
     async def collective_rpc(
         self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
         unique_reply_rank: int | None = None,
     ) -> list[Any]:  # fmt: skip
+        if self.failure is not None:
+            raise self.failure
         if self._task is not None and method.startswith("echorl_refit"):
             await asyncio.wait([self._task])  # as a control action waits for the engine to be idle
         return [getattr(self.worker, method)(*args, **(kwargs or {}))]
@@ -432,7 +457,7 @@ def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterato
     AsyncLLM.created.clear()
     modules = {name: types.ModuleType(name) for name in (
         "tensorrt_llm", "tensorrt_llm.llmapi", "tensorrt_llm.llmapi.llm_args", "tensorrt_llm._torch",
-        "tensorrt_llm._torch.virtual_memory", "ray", "ray.util", "ray.util.placement_group",
+        "tensorrt_llm._torch.virtual_memory", "ray", "ray.exceptions", "ray.util", "ray.util.placement_group",
     )}  # fmt: skip
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -448,6 +473,8 @@ def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterato
     ray: Any = modules["ray"]
     ray.is_initialized, ray.init, ray.get = (lambda: True), (lambda: None), (lambda value, timeout=None: value)
     ray.cluster_resources = lambda: {"GPU": 8.0}
+    modules["ray.exceptions"].__dict__["RayError"] = RayError
+    modules["ray.util.placement_group"].__dict__["remove_placement_group"] = REMOVED_PLACES.append
     modules["ray.util.placement_group"].__dict__["placement_group"] = lambda bundles, strategy: types.SimpleNamespace(
         ready=lambda: True, bundles=bundles, strategy=strategy
     )

@@ -1,71 +1,286 @@
-"""Checkpoints of a run: weights, optimizer, learning-rate schedule and step, through Megatron's dist_checkpointing.
+"""Checkpoints of the native engine, through Megatron's dist_checkpointing.
 
-Prompts and sampling depend on the seed and on how many prompts were asked, so that nothing else has to be saved.
+A checkpoint holds weights, optimizer, learning-rate schedule, the random states of every rank, how far the run had
+come, and its configuration. Prompts and sampling depend on the seed and on how many prompts were asked, so that no
+queue or cache of rollouts has to be saved. It loads at another layout; then the random states start from the seed.
 """
 
+import logging
+import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
+from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.report.logger import CONFIG_FILE
+from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Sums, damages, sum_files
+from echorl_nemo.resilience.config import CheckpointConfig
+from echorl_nemo.resilience.orphans import die_with_parent
+
+T = TypeVar("T")
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Loads at another parallel layout."""
+SUMS_SUFFIX = ".sums"
+"""Of the file in which a rank leaves the checksums of what it wrote, until the main rank has them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """How far a run has come."""
 
-    step: int
+    step: int = 0
     """Training steps made."""
-    position: int
+    position: int = 0
     """Prompts asked."""
+    skipped_steps: int = 0
+    """Steps that were skipped because something was not finite."""
+    skipped_in_a_row: int = 0
+    """Of those, the latest without a sound step between them."""
+    verifier_timeouts: dict[str, int] = field(default_factory=dict)
+    """By prompt, how often its verifier ran out of time."""
+    data: str = ""
+    """Fingerprint of the training data."""
 
 
-def save(folder: Path, policy: MegatronPolicy, progress: Progress) -> Path:
-    """Write ``folder``/step-NNNNNN; it appears under that name only once it is complete."""
-    final = folder / f"step-{progress.step:06d}"
-    partial = folder / f"{final.name}.partial"
-    if policy.parallel.main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=policy.parallel.host_group)
-    dist_checkpointing.save(_state(policy, progress, loading=False), str(partial))
-    dist.barrier(group=policy.parallel.host_group)
-    if policy.parallel.main:
-        partial.rename(final)
-    dist.barrier(group=policy.parallel.host_group)
-    return final
+class Checkpoints:
+    """Saves and loads on every rank; each method must be called by all of them."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, parallel: Parallel) -> None:
+        self.folder, self.config, self.parallel = CheckpointFolder(run_dir / "checkpoints"), config, parallel
+        self._calls = AsyncCallsQueue()
+        self._pending: Callable[[], None] | None = None
+        """Publishes the checkpoint that is being written."""
+
+    def save(self, policy: MegatronPolicy, progress: Progress, config_yaml: str, *, accuracy: float | None) -> None:
+        """Write a checkpoint, or begin to; see `checkpoint.asynchronous`.
+
+        Raises UserError where it cannot be written; those before it are untouched.
+        """
+        self.finish()
+        with self._explained():
+            folder = Path(self._on_main(lambda: str(self._begin(progress.step, config_yaml))))
+            _start_mortal_results_queue()
+            policy.fill_optimizer_state()
+            request = dist_checkpointing.save(_state(policy, progress), str(folder), async_sharded_save=True)
+            if request.async_fn is not None:
+                write = partial(_write_and_sum, request.async_fn, folder)
+                request = request._replace(async_fn=write)
+            self._pending = partial(self._publish, folder, accuracy)
+            if self.config.asynchronous:
+                self._calls.schedule_async_request(request)
+                return
+            request.execute_sync()
+        self._settle()
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written, if it is on the disk by now."""
+        if self._pending is not None:
+            with self._explained():
+                done = self._calls.maybe_finalize_async_calls(blocking=False)
+            if done:
+                self._settle()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is published."""
+        if self._pending is not None:
+            with self._explained():
+                self._calls.maybe_finalize_async_calls(blocking=True)
+            self._settle()
+
+    def restore(self, policy: MegatronPolicy) -> Progress | None:
+        """Load the newest checkpoint that is sound, None where the run has none; remove what interrupted saves left.
+
+        One with a truncated or altered file is set aside, said so, and the one before it is taken. Raises UserError if
+        there are checkpoints and none is sound.
+        """
+        say = logging.getLogger(__name__).warning
+        for name in self.parallel.of_main(self.folder.clean):
+            if self.parallel.main:
+                say("checkpoints/%s was left by an interrupted save or removal: removed", name)
+        found = [Path(path) for path in self.parallel.of_main(lambda: [str(path) for path in self.folder.complete()])]
+        for checkpoint in found:
+            mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+            if not (wrong := self.parallel.share_objects(mine)):
+                return load(checkpoint, policy)
+            aside = Path(self.parallel.of_main(partial(_set_aside, self.folder, checkpoint)))
+            if self.parallel.main:
+                say("%s is damaged (%s): kept as %s, the one before it is taken", checkpoint, "; ".join(wrong), aside)
+        if found:
+            raise SharedError(
+                f"{self.folder.path}: none of its {len(found)} checkpoints is sound, see above; start again in another "
+                "trainer.run_dir, or restore the folder from a copy"
+            )
+        return None
+
+    def _begin(self, step: int, config_yaml: str) -> Path:
+        folder = self.folder.begin(step)
+        (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+        return folder
+
+    def _settle(self) -> None:
+        assert self._pending is not None
+        publish, self._pending = self._pending, None
+        self._on_main(publish)
+
+    def _publish(self, folder: Path, accuracy: float | None) -> None:
+        """On the main rank: the checksums of what every rank wrote, and of the rest, go into the manifest."""
+        sums: Sums = {}
+        for path in folder.glob(f"*{SUMS_SUFFIX}"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                name, size, crc = line.split()
+                sums[name] = int(size), int(crc)
+            path.unlink()
+        others = {path.name for path in folder.iterdir()} - sums.keys() - {MANIFEST}
+        if unsummed := sorted(name for name in others if name.endswith(".distcp")):
+            raise UserError(
+                f"{folder}: the process that wrote {unsummed[0]} ended before it was done, see the messages above"
+            )
+        self.folder.publish(folder, sums | sum_files(folder, others), accuracy=accuracy)
+        self.folder.retain(self.config)
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        def told() -> T:
+            try:
+                return work()
+            except OSError as error:
+                self.folder.clean()
+                raise UserError(self._failure(str(error))) from error
+
+        return self.parallel.of_main(told)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What the libraries raise when a file cannot be written, as an error that says what is safe."""
+        try:
+            yield
+        except CheckpointException as error:  # on every rank, with the causes on the main one
+            causes = "; ".join(str(cause[0]) for cause in error.failures.values())
+            why = self.parallel.of_main(lambda: causes)
+            self.parallel.of_main(self.folder.clean)
+            raise SharedError(self._failure(why)) from error
+        except OSError as error:  # on this rank alone
+            if self.parallel.main:
+                self.folder.clean()
+            raise UserError(self._failure(str(error))) from error
+
+    def _failure(self, why: str) -> str:
+        newest = next(iter(self.folder.complete()), None)
+        free = shutil.disk_usage(self.folder.path).free >> 20
+        return (
+            f"the checkpoint could not be written: {why}. The disk has {free} MiB free without it. "
+            f"{'No earlier one is there' if newest is None else f'{newest.name} is untouched'}; make room in "
+            f"{self.folder.path}, then go on with trainer.resume=true"
+        )
 
 
 def load(checkpoint: Path, policy: MegatronPolicy) -> Progress:
     """Restore ``policy``; returns how far it had come."""
-    state = dist_checkpointing.load(_state(policy, Progress(0, 0), loading=True), str(checkpoint))
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    same_layout = common["layout"] == _layout()
+    state = _state(policy, Progress(), loading=True)
+    if not same_layout:
+        del state["random"]
+    state = dist_checkpointing.load(state, str(checkpoint))
     policy.model.module.load_state_dict(state["model"])
     policy.optimizer.load_state_dict(state["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
-    return Progress(int(state["step"]), int(state["position"]))
+    if same_layout:
+        _set_random_states(state["random"])
+    elif policy.parallel.main:
+        logging.getLogger(__name__).warning(
+            "%s was saved at %s, this is %s: random states start from the seed", checkpoint, common["layout"], _layout()
+        )
+    return Progress(**common["progress"])
 
 
 def load_weights(checkpoint: Path, model: PolicyModel) -> None:
-    """Load the weights alone into ``model``, without an optimizer."""
+    """Load the weights alone into ``model``, without an optimizer.
+
+    Raises UserError if a file of the checkpoint is damaged.
+    """
+    mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+    if wrong := model.parallel.share_objects(mine):
+        raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); take the one before it")
     state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
     model.module.load_state_dict(state["model"])
 
 
-def _state(policy: MegatronPolicy, progress: Progress, *, loading: bool) -> dict[str, Any]:
+def _state(policy: MegatronPolicy, progress: Progress, *, loading: bool = False) -> dict[str, Any]:
     model = policy.model.module.sharded_state_dict()
+    rank, world = dist.get_rank(), dist.get_world_size()
     return {
         "model": model,
         "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT),
         "scheduler": policy.scheduler.state_dict(),
-        "step": progress.step,
-        "position": progress.position,
+        "random": ShardedObject("random", None if loading else _random_states(), (world,), (rank,)),
+        "progress": asdict(progress),
+        "layout": _layout(),
     }
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    """Of this rank, the tensor-parallel tracker's among them."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *rest: Any) -> None:
+    """In the process that writes: the rank's files, then the checksums of what arrived."""
+    write(rank, *rest)
+    sums = sum_files(folder, sorted(path.name for path in folder.glob(f"__{rank}_*")))
+    lines = "".join(f"{name} {size} {crc}\n" for name, (size, crc) in sums.items())
+    (folder / f"{rank}{SUMS_SUFFIX}").write_text(lines, encoding="utf-8")
+
+
+def _set_aside(folder: CheckpointFolder, checkpoint: Path) -> str:
+    return str(folder.set_aside(checkpoint))
+
+
+def _start_mortal_results_queue() -> None:
+    """Megatron's writer reports through a queue in a process of its own, which would outlive a rank that is killed: it
+    takes one that does not."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(die_with_parent)
+        filesystem_async._results_queue = manager.Queue()

@@ -1,7 +1,6 @@
 """Everything about a run that can be checked before a rank starts."""
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from echorl_nemo.engines.megatron.layout import (
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE
+from echorl_nemo.resilience.checkpoints import MANIFEST
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.rollout.trtllm.api import refused_problems
 from echorl_nemo.schema import EvaluateConfig, ModelConfig, RunConfig
-
-CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,8 @@ def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
     if config.rollout.engine != "megatron":
         problems.append(f"rollout.engine={config.rollout.engine}: evaluations generate with megatron; use that")
     checkpoint = config.evaluation.checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        problems.append(f"evaluation.checkpoint={checkpoint}: no such folder")
+    if checkpoint is not None:
+        problems += [f"evaluation.checkpoint={problem}" for problem in checkpoint_problems(Path(checkpoint))]
     tokenizer = data = None
     try:
         find_verifier(config.data.reward)
@@ -176,18 +174,21 @@ def run_dir_problems(config: RunConfig) -> list[str]:
             f"trainer.run_dir={run_dir} holds a run already; set trainer.resume=true to go on with it, "
             "or name another folder"
         ]
-    if newest_checkpoint(run_dir) is None:
-        return [
-            f"trainer.resume=true: {run_dir} holds a run that saved no checkpoint, see trainer.save_every; start "
-            "again in another trainer.run_dir, or delete this one"
-        ]
     return []
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The run's complete checkpoint of the most steps, None if there is none."""
-    complete = [path for path in (run_dir / "checkpoints").glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return max(complete, key=lambda path: path.name, default=None)
+def checkpoint_problems(checkpoint: Path) -> list[str]:
+    """Whether a folder is a complete checkpoint; whether its files are sound is looked at where they are read."""
+    if (checkpoint / MANIFEST).is_file():
+        return []
+    return [f"{checkpoint} is no complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN"]
+
+
+def out_problems(out: Path) -> list[str]:
+    """Whether a model would be written over another."""
+    if out.is_dir() and any(out.iterdir()):
+        return [f"--out={out} holds files already; name another folder"]
+    return []
 
 
 def length_problems(budget: int, positions: int | None, data: PromptData, name: str) -> list[str]:

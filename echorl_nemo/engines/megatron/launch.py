@@ -2,21 +2,27 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from echorl_nemo.engines.megatron.platform import Platform
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.resilience.orphans import die_with_parent
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS
 
-RankFunction = Callable[[], None]
+RankFunction = Callable[[], int]
+"""Gives an exit code."""
 POLL_SECONDS = 0.1
 
 
@@ -30,59 +36,97 @@ def outer_world() -> int | None:
 
 
 def launch(function: RankFunction, world: int, platform: Platform, *, timeout_minutes: int) -> int:
-    """Run ``function`` on every one of ``world`` ranks with torch.distributed initialised; returns an exit code.
+    """Run ``function`` on every one of ``world`` ranks with torch.distributed initialised; returns an exit code, that
+    of the ranks where all ended with the same.
 
-    A rank that fails ends the others: nobody waits for the dead.
+    A rank that fails ends the others: nobody waits for the dead. SIGUSR1 and SIGTERM are passed on to the ranks.
     """
     outer = outer_world()
     if outer is not None:
         _adopt_slurm_environment()
-        _as_rank(function, platform, "env://", int(os.environ["RANK"]), world, timeout_minutes)
-        return 0
+        return _as_rank(function, platform, "env://", int(os.environ["RANK"]), world, timeout_minutes)
     with tempfile.TemporaryDirectory(prefix="echorl-") as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         if world == 1:
-            _as_rank(function, platform, rendezvous, 0, 1, timeout_minutes)
-            return 0
+            return _as_rank(function, platform, rendezvous, 0, 1, timeout_minutes)
         platform.check_devices(world)
         context: Any = multiprocessing.get_context(platform.start_method)
+        parent = os.getpid()
         ranks = [
             context.Process(
-                target=_child, args=(function, platform, rendezvous, rank, world, timeout_minutes), name=f"rank {rank}"
+                target=_child,
+                args=(function, platform, rendezvous, rank, world, timeout_minutes, parent),
+                name=f"rank {rank}",
             )
             for rank in range(world)
         ]
+        with _passing_signals_on(ranks):
+            for process in ranks:
+                process.start()
+            return _wait(ranks)
+
+
+def _wait(ranks: list[Any]) -> int:
+    """The exit code of all ranks, 1 if they differ."""
+    try:
+        while any(process.is_alive() for process in ranks) and not any(_failed(process) for process in ranks):
+            time.sleep(POLL_SECONDS)
+        failed = [process for process in ranks if _failed(process)]
+    finally:
         for process in ranks:
-            process.start()
-        try:
-            while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
-                time.sleep(POLL_SECONDS)
-            failed = [process for process in ranks if process.exitcode]
-        finally:
-            for process in ranks:
-                if process.is_alive():
-                    process.terminate()
-            for process in ranks:
-                process.join()
-        for process in failed:
-            if process.exitcode < 0:
-                print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr)
-        return 1 if failed else 0
+            if process.is_alive():
+                process.kill()  # a rank takes SIGTERM for a wish to be heard between steps
+        for process in ranks:
+            process.join()
+    for process in failed:
+        if process.exitcode < 0:
+            print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr)
+    codes = {process.exitcode for process in ranks}
+    return codes.pop() if len(codes) == 1 and not failed else 1
+
+
+def _failed(process: Any) -> bool:
+    return process.exitcode not in (None, 0, EXIT_REQUEUE)
+
+
+@contextmanager
+def _passing_signals_on(ranks: list[Any]) -> Iterator[None]:
+    """While the ranks run, SIGUSR1 and SIGTERM are theirs."""
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in ranks:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _child(
-    function: RankFunction, platform: Platform, rendezvous: str, rank: int, world: int, timeout_minutes: int
+    function: RankFunction,
+    platform: Platform,
+    rendezvous: str,
+    rank: int,
+    world: int,
+    timeout_minutes: int,
+    parent: int,
 ) -> None:
+    die_with_parent(parent)
     try:
-        _as_rank(function, platform, rendezvous, rank, world, timeout_minutes)
+        sys.exit(_as_rank(function, platform, rendezvous, rank, world, timeout_minutes))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, SharedError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def _as_rank(
     function: RankFunction, platform: Platform, rendezvous: str, rank: int, world: int, timeout_minutes: int
-) -> None:
+) -> int:
     os.environ.setdefault("LOCAL_RANK", str(rank))
     if platform.backend == "gloo":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
@@ -94,8 +138,9 @@ def _as_rank(
         world_size=world,
         timeout=timedelta(minutes=timeout_minutes),
     )
-    function()
+    code = function()
     dist.destroy_process_group()
+    return code
 
 
 def _adopt_slurm_environment() -> None:

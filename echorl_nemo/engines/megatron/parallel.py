@@ -1,9 +1,9 @@
 """The process groups of a run, and how host-side data crosses them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,11 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.schema import ParallelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,21 @@ class Parallel:
         gathered: list[Any] = [None] * dist.get_world_size(self.host_group)
         dist.all_gather_object(gathered, list(mine), group=self.host_group)
         return [item for part in gathered for item in part]
+
+    def of_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on the main rank, which alone calls it. An error that names its remedy, or of the file
+        system, is raised on every rank."""
+        answers: list[tuple[Any, str]] = []
+        if self.main:
+            try:
+                answers = [(work(), "")]
+            except (UserError, OSError) as error:
+                answers = [(None, str(error))]
+        [(value, failure)] = self.share_objects(answers)
+        if failure:
+            raise SharedError(failure)
+        result: T = value
+        return result
 
     def barrier(self) -> None:
         """Wait for every rank of the run."""

@@ -45,6 +45,20 @@ class StepCounts:
     """Z of the clip loss."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """What the optimizer steps of a training step gave."""
+
+    metrics: dict[str, float]
+    """Means over the optimizer steps that were taken; empty if none was."""
+    refused: list[str]
+    """Why an optimizer step was not taken, for each that was not."""
+
+
+class NotFiniteError(Exception):
+    """An optimizer step that would have broken the weights, and was not taken; alike on every rank."""
+
+
 class MegatronPolicy(MegatronScorer):
     """A Megatron-Core model with its optimizer."""
 
@@ -89,6 +103,12 @@ class MegatronPolicy(MegatronScorer):
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize_without_rescaling
 
+    def fill_optimizer_state(self) -> None:
+        """Give Adam its zeros where no optimizer step was taken yet: Megatron saves none that has no state."""
+        for optimizer in self.optimizer.chained_optimizers:
+            if not optimizer.is_stub_optimizer:
+                optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+
     def score_reference(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the response tokens under the reference policy, [N, S] float32 nats."""
         assert self._reference is not None
@@ -112,13 +132,20 @@ class MegatronPolicy(MegatronScorer):
         for name, weight in self.model.bridge.export_hf_weights([self.model.module], cpu=False, show_progress=False):
             yield name, weight.detach().contiguous()
 
-    def update(self, batch: RolloutBatch) -> dict[str, float]:
-        """One optimizer step on each mini-batch of whole groups; returns the means of their metrics."""
+    def update(self, batch: RolloutBatch) -> Update:
+        """One optimizer step on each mini-batch of whole groups. One whose loss or gradient norm is not finite is not
+        taken."""
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
-        # dynamic sampling may leave fewer groups than there are optimizer steps
-        steps = [self._optimizer_step(batch, part) for n in range(count) if (part := groups[n::count])]
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        taken: list[dict[str, float]] = []
+        refused: list[str] = []
+        for n in range(count):
+            if part := groups[n::count]:  # dynamic sampling may leave fewer groups than there are optimizer steps
+                try:
+                    taken.append(self._optimizer_step(batch, part))
+                except NotFiniteError as why:
+                    refused.append(f"optimizer step {n + 1} of {count}: {why}")
+        return Update({name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}, refused)
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
         member = torch.isin(batch.group_ids, torch.tensor(groups))
@@ -137,16 +164,19 @@ class MegatronPolicy(MegatronScorer):
         reports = self._run(batch, micro_rows, self._loss_of_logits(counts), forward_only=False)
         metrics = self._sum_reports(reports)
         if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss of an optimizer step is not finite, before it was taken: {metrics}")
+            raise NotFiniteError(f"the loss is {metrics['loss']}")
+        self._refuse_broken_gradients()
         _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm of an optimizer step is {grad_norm}: the weights in memory are broken; go on from "
-                f"the newest checkpoint with trainer.resume=true: {metrics}"
-            )
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
         return {**metrics, "grad_norm": float(grad_norm), "lr": learning_rate}
+
+    def _refuse_broken_gradients(self) -> None:
+        """Raise NotFiniteError before Megatron's step, which would write what it gets into the weights."""
+        found = self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        if found or not math.isfinite(grad_norm):
+            raise NotFiniteError(f"the gradient norm is {grad_norm}")
 
     def _counts(self, batch: RolloutBatch) -> StepCounts:
         clip = torch.zeros(())

@@ -5,21 +5,30 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
-from echorl_nemo.engines.megatron.checks import Inputs, check, check_evaluation, platform_problems
+from echorl_nemo.engines.megatron.checks import (
+    Inputs,
+    check,
+    check_evaluation,
+    checkpoint_problems,
+    out_problems,
+    platform_problems,
+)
 from echorl_nemo.engines.megatron.launch import launch
-from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.engines.megatron.layout import model_problems, world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 
 def train(config: RunConfig, config_yaml: str) -> int:
-    """Check what can be checked, start the ranks, train. Returns an exit code.
+    """Check what can be checked, start the ranks, train. Returns an exit code: 75 of a run that was asked to stop, has
+    saved, and wants to be started again.
 
     ``config_yaml`` is what the run folder keeps. Raises UserError with every problem found, before a rank starts.
     """
@@ -47,7 +56,30 @@ def analyze(config: EvaluateConfig) -> int:
     return _examine(config, _analyze_rank)
 
 
-def _examine(config: EvaluateConfig, rank: Callable[..., None]) -> int:
+def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
+    """Write the policy of a checkpoint as a Hugging Face folder. Returns an exit code; raises UserError for what is
+    wrong before a rank starts."""
+    quiet_libraries()
+    config.parallel.data = None  # one replica is enough
+    world = world_size(config)
+    if problems := [
+        *checkpoint_problems(checkpoint),
+        *out_problems(out),
+        *model_problems(config.parallel, config.model),
+    ]:
+        raise UserError("\n".join(problems))
+    platform = _platform(config)
+    import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
+
+    return launch(
+        partial(_export_rank, config, checkpoint, out, platform),
+        world,
+        platform,
+        timeout_minutes=config.trainer.timeout_minutes,
+    )
+
+
+def _examine(config: EvaluateConfig, rank: Callable[..., int]) -> int:
     quiet_libraries()
     world = world_size(config)
     tokenizer, data = check_evaluation(config)
@@ -70,25 +102,35 @@ def _platform(config: RunConfig | EvaluateConfig) -> Platform:
     return platform
 
 
-def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
+def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.worker import run_rank
 
-    run_rank(config, config_yaml, inputs, platform)
+    return run_rank(config, config_yaml, inputs, platform)
 
 
-def _evaluate_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+def _export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> int:
+    _prepare_rank(config.parallel.device)
+    from echorl_nemo.engines.megatron.worker import export_rank
+
+    export_rank(config, checkpoint, out, platform)
+    return 0
+
+
+def _evaluate_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.evaluate import run_rank
 
     run_rank(config, tokenizer, data, platform)
+    return 0
 
 
-def _analyze_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+def _analyze_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.analyze import run_rank
 
     run_rank(config, tokenizer, data, platform)
+    return 0
 
 
 def _prepare_rank(device: str) -> None:

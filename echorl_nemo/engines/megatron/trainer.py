@@ -21,13 +21,28 @@ from echorl_nemo.grpo import (
     kl_estimate,
     overlong_penalty,
 )
+from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
+from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
 
 EVALUATION_SEED_OFFSET = 1 << 32
 """Evaluation draws other random numbers than training, the same ones each time."""
+
+
+@dataclass
+class Step:
+    """What a training step gives."""
+
+    metrics: dict[str, float]
+    batch: RolloutBatch
+    """As it was trained on."""
+    step_ids: Tensor
+    """[N, S]"""
+    skipped: str
+    """What was not finite, so that the policy, or a part of its mini-batches, did not learn; empty if all was well."""
 
 
 @dataclass
@@ -42,6 +57,7 @@ class Trainer:
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
+    watch: Watch
     failures: list[dict[str, str]] = field(default_factory=list)
     """Verifiers that gave no answer in the latest step: prompt, answer, verifier and failure of each."""
     position: int = 0
@@ -53,8 +69,8 @@ class Trainer:
     def parallel(self) -> Parallel:
         return self.policy.parallel
 
-    def step(self) -> tuple[dict[str, float], RolloutBatch, Tensor]:
-        """One training step; returns its metrics, the batch as trained on, and its step ids [N, S]."""
+    def step(self) -> Step:
+        """One training step."""
         start = time.perf_counter()
         self.seconds = dict.fromkeys(("generate", "verify", "score", "update"), 0.0)
         self.failures = []
@@ -65,17 +81,29 @@ class Trainer:
             metrics |= self.score(batch)
         self.estimate_advantages(batch)
         metrics |= self.select_clips(batch, step_ids)
-        with self._timed("update"):
-            metrics |= self.policy.update(batch)
-            self.rollout.update_weights(self.policy)
+        skipped = not_finite(batch)
+        if not skipped:
+            with self._timed("update"):
+                update = self.policy.update(batch)
+                metrics |= update.metrics
+                skipped = "; ".join(update.refused)
+                self.rollout.update_weights(self.policy)
         elapsed = time.perf_counter() - start
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {
             "verify.failures": float(len(self.failures)),
+            "verify.timeouts": float(sum(failure["failure"].startswith("timed out") for failure in self.failures)),
             "time.step": elapsed,
             "tokens_per_second": generated / elapsed,
         }
-        return metrics, batch, step_ids
+        if isinstance(self.rollout, RestartingEngine):
+            metrics["rollout.restarts"] = float(self.rollout.restarts)
+        return Step(metrics, batch, step_ids, skipped)
+
+    def close(self) -> None:
+        """End what verifies and what generates."""
+        self.verifiers.close()
+        self.rollout.close()
 
     def roll_out(self) -> tuple[RolloutBatch, dict[str, float]]:
         """The step's rollouts, verified, and what they tell. With dynamic sampling prompts are asked until
@@ -182,6 +210,7 @@ class Trainer:
         """Sampled accuracy on the held-out prompts; empty if there are none."""
         if self.eval_data is None:
             return {}
+        self.watch.beat("evaluate")
         self.rollout.wake()
         batch = self.rollout.generate(
             self.eval_data.all(),
@@ -201,9 +230,20 @@ class Trainer:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self.watch.beat(phase)
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def not_finite(batch: RolloutBatch) -> str:
+    """Which of rewards, advantages and old log-probs are not finite, with the first such rollout; empty if none."""
+    for name in ("rewards", "advantages", "old_logprobs"):
+        values = getattr(batch, name)
+        wrong = ~values.isfinite() if values.dim() == 1 else (~values.isfinite() & batch.response_mask).any(dim=1)
+        if bool(wrong.any()):
+            return f"{name} of {int(wrong.sum())} rollouts are not finite, the first in row {int(wrong.nonzero()[0])}"
+    return ""
 
 
 def _first_groups(group_ids: Tensor, wanted: Tensor, count: int) -> Tensor:

@@ -1,62 +1,233 @@
 """What each rank of a run does."""
 
+import errno
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from echorl_nemo.engines.megatron import checkpoint
-from echorl_nemo.engines.megatron.checkpoint import Progress
-from echorl_nemo.engines.megatron.checks import Inputs, newest_checkpoint
+from echorl_nemo.engines.megatron.checkpoint import Checkpoints, Progress, load_weights
+from echorl_nemo.engines.megatron.checks import Inputs
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
-from echorl_nemo.engines.megatron.model import PolicyModel, build_model
-from echorl_nemo.engines.megatron.parallel import initialize
+from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.parallel import Parallel, initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
-from echorl_nemo.engines.megatron.trainer import Trainer
+from echorl_nemo.engines.megatron.trainer import Step, Trainer
+from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.recorder import Recorder
+from echorl_nemo.resilience.lock import RunLock
+from echorl_nemo.resilience.skipped import keep_batch
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, job_deadline
+from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.engine import RolloutEngine
+from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
 
-
-def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> None:
-    """Train from the start, or from the newest checkpoint of the run folder, to the last step."""
-    trainer = build_trainer(config, inputs, platform)
-    folder = Path(_of_main_rank(config.trainer.run_dir))
-    checkpoints = folder / "checkpoints"
-    latest = newest_checkpoint(folder) if config.trainer.resume else None
-    first = 0
-    if latest is not None:
-        progress = checkpoint.load(latest, trainer.policy)
-        trainer.rollout.update_weights(trainer.policy)  # an engine of its own has started from model.path
-        first, trainer.position = progress.step, progress.position
-    steps, recorder = config.trainer.steps, None
-    if trainer.parallel.main:
-        recorder = Recorder(folder, config_yaml, config.logger, steps=steps, first_step=first)
-    if first == 0 and (evaluation := trainer.evaluate()) and recorder is not None:
-        recorder.evaluation(-1, evaluation)
-
-    for step in range(first, steps):
-        metrics, batch, step_ids = trainer.step()
-        last = step == steps - 1
-        if last or _due(step, config.trainer.eval_every):
-            metrics |= trainer.evaluate()
-        if recorder is not None:
-            recorder.step(step, metrics, batch, step_ids, inputs.tokenizer.pieces, trainer.failures)
-        if last or _due(step, config.trainer.save_every):
-            checkpoint.save(checkpoints, trainer.policy, Progress(step + 1, trainer.position))
-    trainer.verifiers.close()
-    trainer.rollout.close()
-    if config.trainer.export:
-        trainer.policy.model.export(folder / "export")
-    if recorder is not None:
-        recorder.finish()
+REQUEUE_FILE = "requeue"
+"""Of the run folder: there while the run has saved and wants to be started again; says why."""
 
 
-def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trainer:
-    """Form the process groups, load the model and tie the rooms together."""
+def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> int:
+    """Train from the start, or from the newest checkpoint of the run folder, to the last step. Returns the exit code:
+    0, or that of a run which saved and wants to be started again."""
+    stop = StopRequest(config.resilience, job_deadline(config.resilience))
+    stop.listen()
+    parallel = form_groups(config, platform)
+    # ranks that resolved the configuration by themselves may differ in its time stamp
+    folder = Path(parallel.of_main(lambda: config.trainer.run_dir))
+    lock: list[RunLock] = []
+    parallel.of_main(lambda: lock.append(RunLock(folder)))
+    with _full_disk_explained(folder):
+        requeue = _train(config, config_yaml, inputs, platform, parallel, folder, stop)
+    for held in lock:
+        held.release()
+    return EXIT_REQUEUE if requeue else 0
+
+
+def _train(
+    config: RunConfig,
+    config_yaml: str,
+    inputs: Inputs,
+    platform: Platform,
+    parallel: Parallel,
+    folder: Path,
+    stop: StopRequest,
+) -> bool:
+    watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
+    watch.beat("load")
+    trainer = build_trainer(config, inputs, platform, parallel, watch)
+    requeue = _Run(config, config_yaml, inputs, folder, trainer, stop).train()
+    watch.close()
+    return requeue
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """Metrics, rollouts, the heartbeat: whatever cannot be written, the remedy is the same."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"trainer.run_dir={folder}: {error}; make room, then go on from its newest checkpoint with "
+            "trainer.resume=true"
+        ) from error
+
+
+class _Run:
+    """The loop around the training step: what is recorded, saved, and when it ends."""
+
+    def __init__(
+        self, config: RunConfig, config_yaml: str, inputs: Inputs, folder: Path, trainer: Trainer, stop: StopRequest
+    ) -> None:
+        self.config, self.config_yaml, self.inputs, self.folder = config, config_yaml, inputs, folder
+        self.trainer, self.policy, self.parallel = trainer, trainer.policy, trainer.parallel
+        self.watch, self.stop = trainer.watch, stop
+        self.checkpoints = Checkpoints(folder, config.checkpoint, self.parallel)
+        self.progress = self._restore()
+        self.saved = self.progress.step
+        self.recorder: Recorder | None = None
+        if self.parallel.main:
+            (folder / REQUEUE_FILE).unlink(missing_ok=True)
+            first_step = self.progress.step or -1  # the evaluation before the first step is step -1
+            self.recorder = Recorder(
+                folder, config_yaml, config.logger, steps=config.trainer.steps, first_step=first_step
+            )
+
+    def train(self) -> bool:
+        """True if the run was asked to stop before its last step, and has saved."""
+        steps, reason = self.config.trainer.steps, ""
+        if self.progress.step == 0:
+            self._evaluate_untrained()
+        while self.progress.step < steps and not reason:
+            self._step(last=self.progress.step == steps - 1)
+            reason = self._reason_to_stop()
+        if self.progress.step > self.saved:
+            self._save(None)
+        self.checkpoints.finish()
+        self.trainer.close()
+        stopped = self.progress.step < steps
+        if not stopped and self.config.trainer.export:
+            self.watch.beat("export")
+            self.policy.model.export(self.folder / "export")
+        if self.recorder is not None:
+            self.watch.beat("stopped" if stopped else "done")
+            self.recorder.finish()
+            if stopped:
+                self._ask_to_be_requeued(reason)
+        self.parallel.barrier()  # a rank that ends with a code of its own has srun kill the others
+        return stopped
+
+    def _step(self, *, last: bool) -> None:
+        step, trainer, settings = self.progress.step, self.trainer, self.config.trainer
+        start = time.perf_counter()
+        self.watch.step(step)
+        done = trainer.step()
+        if last or _due(step, settings.eval_every):
+            done.metrics |= trainer.evaluate()
+        self._count(step, done)
+        if self.recorder is not None:
+            self.watch.beat("record")
+            self.recorder.step(
+                step, done.metrics, done.batch, done.step_ids, self.inputs.tokenizer.pieces, trainer.failures
+            )
+        self.checkpoints.poll()
+        self.stop.took("step", time.perf_counter() - start)
+        if last or _due(step, settings.save_every):
+            self._save(done.metrics.get("eval.accuracy"))
+        self._give_up_after_many_skipped()
+
+    def _count(self, step: int, done: Step) -> None:
+        """Move the progress on by a step, and tell what was skipped."""
+        progress = self.progress
+        progress.step, progress.position = step + 1, self.trainer.position
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
+        progress.skipped_steps += bool(done.skipped)
+        for failure in self.trainer.failures:
+            if failure["failure"].startswith("timed out"):
+                timeouts = progress.verifier_timeouts
+                timeouts[failure["prompt"]] = timeouts.get(failure["prompt"], 0) + 1
+                failure["timeouts"] = str(timeouts[failure["prompt"]])
+        done.metrics["skipped"] = float(bool(done.skipped))
+        if done.skipped and self.recorder is not None:
+            kept = keep_batch(self.folder, step, done.batch, done.skipped)
+            self.recorder.say(
+                f"warning: step {step + 1} was skipped, {progress.skipped_in_a_row} in a row: {done.skipped}; its "
+                f"batch is {kept}"
+            )
+
+    def _give_up_after_many_skipped(self) -> None:
+        if self.progress.skipped_in_a_row <= self.config.resilience.max_skipped_steps:
+            return
+        count, self.progress.skipped_in_a_row = self.progress.skipped_in_a_row, 0  # whoever goes on has seen it
+        self._save(None)
+        self.checkpoints.finish()
+        raise SharedError(
+            f"{count} steps in a row were not finite (resilience.max_skipped_steps="
+            f"{self.config.resilience.max_skipped_steps}): the policy is as it was before them, and saved; look at "
+            f"their batches in {self.folder / 'skipped'}, mend the cause or lower trainer.lr, and go on with "
+            "trainer.resume=true"
+        )
+
+    def _reason_to_stop(self) -> str:
+        """Why the run ends here, the same on every rank; empty if it goes on."""
+        reasons = self.parallel.share_objects([self.stop.reason()])
+        return next((reason for reason in reasons if reason), "")
+
+    def _save(self, accuracy: float | None) -> None:
+        start = time.perf_counter()
+        self.watch.beat("save")
+        self.checkpoints.save(self.policy, self.progress, self.config_yaml, accuracy=accuracy)
+        self.saved = self.progress.step
+        self.stop.took("save", time.perf_counter() - start)
+
+    def _restore(self) -> Progress:
+        """Where the run goes on. Raises UserError if the training data are others than when it was saved."""
+        data = self.trainer.train_data.fingerprint
+        progress = self.checkpoints.restore(self.policy) if self.config.trainer.resume else None
+        if progress is None:
+            if self.config.trainer.resume and self.parallel.main:
+                logging.getLogger(__name__).warning("%s holds no checkpoint: training from the start", self.folder)
+            return Progress(data=data)
+        if progress.data != data and not self.config.checkpoint.accept_changed_data:
+            raise SharedError(
+                f"data.train={self.config.data.train}: its prompts are not those that the run was trained on until "
+                f"step {progress.step} ({progress.data}, now {data}); restore the file, or set "
+                "checkpoint.accept_changed_data=true to go on with these"
+            )
+        progress.data = data
+        self.trainer.position = progress.position
+        self.trainer.rollout.update_weights(self.policy)  # an engine of its own has started from model.path
+        return progress
+
+    def _evaluate_untrained(self) -> None:
+        self.watch.step(-1)
+        if (evaluation := self.trainer.evaluate()) and self.recorder is not None:
+            self.recorder.evaluation(-1, evaluation)
+
+    def _ask_to_be_requeued(self, reason: str) -> None:
+        assert self.recorder is not None
+        told = f"stopped after step {self.progress.step}: {reason}; saved, exit code {EXIT_REQUEUE}"
+        self.recorder.say(told)
+        (self.folder / REQUEUE_FILE).write_text(f"{told}\n", encoding="utf-8")
+
+
+def form_groups(config: RunConfig, platform: Platform) -> Parallel:
+    """The process groups of a run."""
     settings = config.trainer
-    parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
+    return initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
+
+
+def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, parallel: Parallel, watch: Watch) -> Trainer:
+    """Load the model and tie the rooms together."""
+    settings = config.trainer
     model = build_model(config.model, config.parallel, parallel, platform, recompute=settings.recompute)
     policy = MegatronPolicy(
         model,
@@ -69,7 +240,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
     return Trainer(
         config=config,
         policy=policy,
-        rollout=_rollout_engine(config, inputs, model),
+        rollout=_rollout_engine(config, inputs, policy),
         verifiers=VerifierPool(
             [config.data.reward, *(extra.name for extra in config.data.extra_rewards)],
             workers=config.data.reward_workers,
@@ -78,16 +249,26 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform) -> Trai
         train_data=inputs.train_data,
         eval_data=inputs.eval_data,
         boundary_ids=inputs.boundary_ids,
+        watch=watch,
     )
 
 
-def _rollout_engine(config: RunConfig, inputs: Inputs, model: PolicyModel) -> RolloutEngine:
+def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> None:
+    """Load a checkpoint's weights, at whatever layout, and write them as a Hugging Face folder."""
+    model = build_model(config.model, config.parallel, form_groups(config, platform), platform)
+    load_weights(checkpoint, model)
+    model.export(out)
+
+
+def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -> RolloutEngine:
+    model = policy.model
     if config.rollout.engine == "megatron":
         return MegatronRolloutEngine(model, inputs.tokenizer, config.rollout)
     from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 
     held_out = inputs.eval_data.longest if inputs.eval_data is not None else 0
-    return TrtllmRolloutEngine(
+    start = partial(
+        TrtllmRolloutEngine,
         config.model.path,
         inputs.tokenizer,
         config.rollout,
@@ -95,14 +276,8 @@ def _rollout_engine(config: RunConfig, inputs: Inputs, model: PolicyModel) -> Ro
         vocab_size=model.config.vocab_size,
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
+    return RestartingEngine(start, policy)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and (step + 1) % every == 0
-
-
-def _of_main_rank(value: str) -> str:
-    """Ranks that resolved the configuration by themselves may differ in its time stamp."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

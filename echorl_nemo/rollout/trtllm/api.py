@@ -36,6 +36,8 @@ class TrtllmApi:
     """Since March 2026; before, AsyncLLM has `enable_sleep`."""
     memory_tags: tuple[str, ...]
     """What `release` and `resume` take: everything that a worker holds."""
+    failures: tuple[type[BaseException], ...]
+    """What is raised where the engine or a worker of its has died, or gives no answer."""
     simple_logprobs: bool
     """Whether the sampled token's log-prob comes as a number; before, as one of the top-K, or not."""
 
@@ -44,6 +46,7 @@ def load_api() -> TrtllmApi:
     """Import TensorRT-LLM. Raises UserError where it is not installed."""
     try:
         import tensorrt_llm
+        from ray.exceptions import RayError
         from tensorrt_llm.llmapi import llm_args
     except ImportError as error:
         raise UserError(
@@ -61,6 +64,7 @@ def load_api() -> TrtllmApi:
         sleep_config=sleep_config,
         # a name that begins with an underscore is TensorRT-LLM's own
         memory_tags=tuple(tag.value for tag in memory_type if not tag.value.startswith("_")),
+        failures=(RuntimeError, OSError, RayError),  # TensorRT-LLM's RequestError is the first
         simple_logprobs="logprobs_simple_format" in _parameters(tensorrt_llm.SamplingParams),
     )
 

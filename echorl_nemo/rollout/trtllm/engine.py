@@ -7,9 +7,10 @@ Shapes: N rollouts, S positions (longest prompt and response).
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from torch.multiprocessing.reductions import reduce_tensor
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.rollout.batch import RolloutBatch
-from echorl_nemo.rollout.engine import Ranks, RolloutConfig, WeightSource
+from echorl_nemo.rollout.engine import EngineError, Ranks, RolloutConfig, WeightSource
 from echorl_nemo.rollout.sampling import rollout_seed
 from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
-from echorl_nemo.rollout.trtllm.placement import placements
+from echorl_nemo.rollout.trtllm.log import log_tail
+from echorl_nemo.rollout.trtllm.placement import placements, release
+
+T = TypeVar("T")
 
 CANARY_TOKENS = 8
 CANARY_TOLERANCE = 1e-3
@@ -32,6 +36,12 @@ MIXED = (
 )
 TOP_LOGPROB_TOLERANCE = 0.05
 """Nats by which a checked request's largest log-probs may differ from the engine's own, which its sampler rounds."""
+SHUTDOWN_SECONDS = 60
+"""That a failed engine has to end by itself, before its workers are killed with their place."""
+
+
+class GuardError(RuntimeError):
+    """Entropies of this engine cannot be trusted; another start would not help."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +73,21 @@ class TrtllmRolloutEngine:
     ) -> None:
         """Starts the engine on the main rank. ``vocab_size``: entries that the policy's softmax has.
 
-        Raises UserError where TensorRT-LLM is not there, RuntimeError if a guard finds that entropies could not be
-        trusted.
+        Raises UserError where TensorRT-LLM is not there, GuardError if entropies could not be trusted, EngineError
+        where the engine does not start.
         """
         self.tokenizer, self.config, self.ranks, self.vocab_size = tokenizer, config, ranks, vocab_size
         self.temperature = config.temperature
         self._api: TrtllmApi | None = None
         self._replicas: list[Any] = []
+        self._places: list[Any] = []
         self._awake, self._mixed = True, False
         self._requests = 0
-        devices: list[str] = []
         if ranks.main:
             self._loop = asyncio.new_event_loop()
             self._api = load_api()
-            devices = self._loop.run_until_complete(self._start(self._api, model_path, longest_prompt))
-        self._devices = set(ranks.share_objects(devices))
+        devices = self._ask(lambda api: self._start(api, model_path, longest_prompt))
+        self._devices = set(ranks.share_objects(devices or []))
 
     # ---- what every rank calls
 
@@ -87,12 +97,10 @@ class TrtllmRolloutEngine:
         """See `RolloutEngine.generate`. The same seed gives the same rollouts on the same engine and layout."""
         if self._mixed:
             raise RuntimeError(MIXED)
-        made: list[RolloutBatch] = []
-        if self.ranks.main:
-            chosen = self.temperature if temperature is None else temperature
-            rows = [(prompt, member) for prompt in prompts for member in range(group_size)]
-            rollouts = self._run(self._roll_out(rows, seed, chosen))
-            made = [self._batch(rows, rollouts, chosen)]
+        chosen = self.temperature if temperature is None else temperature
+        rows = [(prompt, member) for prompt in prompts for member in range(group_size)]
+        rollouts = self._ask(lambda _: self._roll_out(rows, seed, chosen))
+        made = [self._batch(rows, rollouts, chosen)] if rollouts is not None else []
         batch: RolloutBatch = self.ranks.share_objects(made)[0]
         return batch
 
@@ -107,8 +115,7 @@ class TrtllmRolloutEngine:
             for bucket in _buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
                 self._send(bucket, policy.device_key)
                 sent += len(bucket)
-            if self.ranks.main:
-                self._run(self._on_workers("echorl_refit_finish"))
+            self._ask(lambda _: self._on_workers("echorl_refit_finish"))
             self._mixed = False
         finally:
             if self._mixed:
@@ -116,8 +123,8 @@ class TrtllmRolloutEngine:
 
     def sleep(self) -> None:
         """Release the GPU memory for training, where it is shared."""
-        if self._awake and self.config.trtllm.colocated and self._api is not None:
-            self._run(self._on_replicas("release", list(self._api.memory_tags)))
+        if self._awake and self.config.trtllm.colocated:
+            self._ask(lambda api: self._on_replicas("release", list(api.memory_tags)))
         self._awake = not self.config.trtllm.colocated
 
     def wake(self) -> None:
@@ -126,16 +133,18 @@ class TrtllmRolloutEngine:
             if torch.cuda.is_available():  # what the trainer's allocator keeps of its last step
                 torch.cuda.empty_cache()
             self.ranks.barrier()
-            if self._api is not None:
-                self._run(self._on_replicas("resume", list(self._api.memory_tags)))
-                self._run(self._on_workers("echorl_forget_prefixes"))
+            self._ask(self._resume)
         self._awake = True
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down. One that does not end by itself is killed with its place."""
         for llm in self._replicas:
-            llm.shutdown()
-        self._replicas = []
+            ending = threading.Thread(target=llm.shutdown, daemon=True)
+            ending.start()
+            ending.join(SHUTDOWN_SECONDS)
+        if self._places:
+            release(self._places)
+        self._replicas, self._places = [], []
         if self.ranks.main:
             self._loop.close()
 
@@ -149,6 +158,7 @@ class TrtllmRolloutEngine:
         """Start replicas with probes; returns the workers' GPUs."""
         settings = self.config.trtllm
         for placement in placements(settings.replicas, settings.tensor_parallel, colocated=settings.colocated):
+            self._places += placement["placement_groups"]
             arguments = llm_arguments(
                 api,
                 model=model_path,
@@ -173,13 +183,13 @@ class TrtllmRolloutEngine:
     async def install_probe(self) -> list[str]:
         """Install the probe in every worker that has none; returns their GPUs.
 
-        Raises RuntimeError for an engine that it cannot watch.
+        Raises GuardError for an engine that it cannot watch.
         """
         reports = await self._on_workers(
             "echorl_install", self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens
         )
         if any(report["spec_decode"] for report in reports):
-            raise RuntimeError("the engine decodes speculatively: a step's logits are not those of one token each")
+            raise GuardError("the engine decodes speculatively: a step's logits are not those of one token each")
         return [report["device"] for report in reports]
 
     async def _canary(self, llm: Any) -> None:
@@ -197,7 +207,7 @@ class TrtllmRolloutEngine:
         expected = self.exact_entropies(result)
         gap = float((popped[output.request_id][:, 0].double() - expected).abs().max())
         if not gap <= CANARY_TOLERANCE:  # NaN too
-            raise RuntimeError(
+            raise GuardError(
                 f"the canary's entropies differ from its logits' by {gap:.4f} nats (at most {CANARY_TOLERANCE}): the "
                 f"probe does not fit TensorRT-LLM {self._api.version}; use echorl.entropy_source=policy and report the "
                 "version"
@@ -272,7 +282,7 @@ class TrtllmRolloutEngine:
         if checked and top is not None:
             gap = float((statistics[:, 1] - torch.tensor(top)).abs().max()) if tokens else 0.0
             if not gap <= TOP_LOGPROB_TOLERANCE:  # NaN too
-                raise RuntimeError(
+                raise GuardError(
                     f"request {output.request_id}: the probe's largest log-probs differ from the engine's by {gap:.3f} "
                     f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens; entropies cannot be "
                     "trusted"
@@ -320,11 +330,16 @@ class TrtllmRolloutEngine:
         if device_key in self._devices:  # memory whose handle nobody opens is never freed
             handles = [(device_key, [(name, reduce_tensor(tensor)) for name, tensor in bucket])]
         by_device = dict(self.ranks.share_objects(handles))
-        if self.ranks.main:
-            counts = self._run(self._on_workers("echorl_refit", by_device))
-            if any(count != len(bucket) for count in counts):
-                raise RuntimeError(f"refit: workers took over {counts} of a bucket's {len(bucket)} weights")
-        self.ranks.barrier()
+        self._ask(lambda _: self._refit(by_device, len(bucket)))
+
+    async def _refit(self, by_device: dict[str, Any], count: int) -> None:
+        counts = await self._on_workers("echorl_refit", by_device)
+        if any(taken != count for taken in counts):
+            raise RuntimeError(f"refit: workers took over {counts} of a bucket's {count} weights")
+
+    async def _resume(self, api: TrtllmApi) -> None:
+        await self._on_replicas("resume", list(api.memory_tags))
+        await self._on_workers("echorl_forget_prefixes")
 
     async def _on_workers(self, method: str, *args: Any) -> list[Any]:
         """The answers of every worker of every replica."""
@@ -334,8 +349,33 @@ class TrtllmRolloutEngine:
     async def _on_replicas(self, method: str, *args: Any) -> None:
         await asyncio.gather(*(getattr(llm, method)(*args) for llm in self._replicas))
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self._loop.run_until_complete(work)
+    def _ask(self, work: Callable[[TrtllmApi], Coroutine[Any, Any, T]]) -> T | None:
+        """What ``work`` gives on the main rank, which alone does it; None on the others. Every rank learns that the
+        engine failed."""
+        result, failures = None, []
+        if self._api is not None:
+            try:
+                result = self._run(work(self._api))
+            except GuardError:
+                raise
+            except self._api.failures as error:
+                failures = [EngineError(f"{type(error).__name__}: {error}", log_tail())]
+        for failure in self.ranks.share_objects(failures):
+            raise failure
+        return result
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(self._in_time(work))
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Not `asyncio.wait_for`, which would wait for an engine that hangs to take note of the cancellation."""
+        task = asyncio.ensure_future(work)
+        minutes = self.config.trtllm.timeout_minutes
+        done, _ = await asyncio.wait([task], timeout=60 * minutes)
+        if not done:
+            task.cancel()
+            raise TimeoutError(f"no answer in {minutes:g} minutes (rollout.trtllm.timeout_minutes)")
+        return task.result()
 
 
 def _logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | None, list[float] | None]:

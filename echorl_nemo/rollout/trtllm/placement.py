@@ -1,5 +1,6 @@
 """Where Ray puts TensorRT-LLM's workers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from echorl_nemo.errors import UserError
@@ -39,3 +40,11 @@ def placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[
             arguments["per_worker_gpu_share"] = COLOCATED_SHARE
         made.append(arguments)
     return made
+
+
+def release(groups: Sequence[Any]) -> None:
+    """Give placement groups back; Ray kills what still runs in them."""
+    from ray.util.placement_group import remove_placement_group
+
+    for group in groups:
+        remove_placement_group(group)

@@ -10,6 +10,7 @@ from echorl_nemo.echo import segment_steps
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 
@@ -17,7 +18,7 @@ quiet_libraries()
 PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.engines.megatron.trainer import Trainer  # noqa: E402
-from echorl_nemo.engines.megatron.worker import build_trainer  # noqa: E402
+from echorl_nemo.engines.megatron.worker import build_trainer, form_groups  # noqa: E402
 
 LAYOUTS = {
     "TP1": [],
@@ -54,7 +55,8 @@ def tiny_config(*overrides: str) -> RunConfig:
 def trainer_of(config: RunConfig) -> Trainer:
     """On a rank: the trainer of ``config``."""
     config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
-    return build_trainer(config, check(config), PLATFORM)
+    watch = Watch(None, torch.distributed.get_rank(), limit_seconds=0)
+    return build_trainer(config, check(config), PLATFORM, form_groups(config, PLATFORM), watch)
 
 
 def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None) -> RolloutBatch:

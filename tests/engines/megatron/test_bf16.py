@@ -19,7 +19,7 @@ def _steps(config: RunConfig, dtype: torch.dtype) -> tuple[list[dict[str, float]
     generated = trainer.rollout.generate(trainer.train_data.sequence(0, 2, seed=0), 2, seed=0)
     assert generated.rollout_logprobs is not None and generated.rollout_logprobs.isfinite().all()
     batch, _ = prepared_batch(trainer)
-    metrics = [trainer.policy.update(batch) for _ in range(3)]
+    metrics = [trainer.policy.update(batch).metrics for _ in range(3)]
     return metrics, {weight.dtype for weight in trainer.policy.model.module.parameters()}
 
 

@@ -1,57 +1,150 @@
 """A resumed run goes on as if it had not stopped."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from echorl_nemo.config import to_yaml
-from echorl_nemo.engines.megatron.checks import check, newest_checkpoint
+from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.report.logger import METRICS_FILE, ROLLOUTS_FILE, read_lines
+from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config
 
+Ranks = Callable[..., list[Any]]
+RUN = [
+    "trainer.steps=6", "data.eval=null", "logger.rollouts_every=1", "rollout.max_new_tokens=24",
+    "trainer.minibatch_prompts=2", "logger.tensorboard=false",
+]  # fmt: skip
+RESUME = "trainer.resume=true"
 
-def _run(config: RunConfig) -> None:
-    run_rank(config, to_yaml(config), check(config), PLATFORM)
+
+def run_config(folder: Path, *overrides: str) -> RunConfig:
+    """A run of six steps on the tiny task; the schedule is that of six steps however many are made."""
+    return tiny_config(f"trainer.run_dir={folder}", *RUN, *overrides)
 
 
-def train(ranks: Callable[..., list[Any]], folder: Path, steps: int, *overrides: str) -> list[dict[str, Any]]:
-    config = tiny_config(
-        f"trainer.run_dir={folder}", f"trainer.steps={steps}", "trainer.export=false", "data.eval=null",
-        "logger.rollouts_every=1", "rollout.max_new_tokens=24", "trainer.minibatch_prompts=2", *overrides,
-    )  # fmt: skip
-    ranks(world_size(config), _run, config)
+def run(config: RunConfig) -> int:
+    """On a rank: train to the end."""
+    logging.basicConfig(level=logging.WARNING, force=True)  # to standard error, as outside pytest
+    return run_rank(config, to_yaml(config), check(config), PLATFORM)
+
+
+def run_until(config: RunConfig, steps: int) -> None:
+    """On a rank: make ``steps`` of the run's steps, as if it was killed right after the last was saved."""
+    config.trainer.steps, config.trainer.export = steps, False
+    run(config)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run's steps gave, but for what the clock says."""
     return [
         {name: value for name, value in row.items() if not name.startswith("time") and name != "tokens_per_second"}
         for row in read_lines(folder / METRICS_FILE)
     ]
 
 
+def assert_the_same_run(folder: Path, other: Path) -> None:
+    """Bit-equal metrics, rollouts and final weights."""
+    assert metrics_of(folder) == metrics_of(other) and len(metrics_of(folder)) == 6
+    assert read_lines(folder / ROLLOUTS_FILE) == read_lines(other / ROLLOUTS_FILE)
+    ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("layout", ["TP2", "DP2"])
-def test_resumed_metrics_are_bit_equal(ranks: Callable[..., list[Any]], tmp_path: Path, layout: str) -> None:
-    straight = train(ranks, tmp_path / "straight", 4, *LAYOUTS[layout])
-    train(ranks, tmp_path / "halves", 2, *LAYOUTS[layout])
+def test_three_and_three_steps_are_six(ranks: Ranks, tmp_path: Path, layout: str, asynchronous: bool) -> None:
+    overrides = [*LAYOUTS[layout], "trainer.save_every=1", f"checkpoint.asynchronous={asynchronous}"]
+    ranks(2, run, run_config(tmp_path / "straight", *overrides))
+    ranks(2, run_until, run_config(tmp_path / "halves", *overrides), 3)
     # what an interrupted step wrote is not counted twice
     with (tmp_path / "halves" / METRICS_FILE).open("a") as file:
-        file.write('{"step": 2, "reward": 9}\n{"step": 3, "rew')
-    halves = train(ranks, tmp_path / "halves", 4, *LAYOUTS[layout], "trainer.resume=true")
-    assert halves == straight and [row["step"] for row in halves] == [0, 1, 2, 3]
-    assert read_lines(tmp_path / "halves" / ROLLOUTS_FILE) == read_lines(tmp_path / "straight" / ROLLOUTS_FILE)
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')
+    ranks(2, run, run_config(tmp_path / "halves", *overrides, RESUME))
+    assert_the_same_run(tmp_path / "halves", tmp_path / "straight")
+    for folder in ("straight", "halves"):
+        kept = sorted(path.name for path in (tmp_path / folder / "checkpoints").iterdir())
+        assert kept == ["step-000005", "step-000006"]
 
 
-def test_a_run_goes_on_in_another_layout(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    straight = train(ranks, tmp_path / "straight", 3, *LAYOUTS["TP2"])
-    train(ranks, tmp_path / "halves", 2, *LAYOUTS["TP2"])
-    halves = train(ranks, tmp_path / "halves", 3, *LAYOUTS["PP2"], "trainer.resume=true")
-    assert halves[-1] == pytest.approx(straight[-1], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize(("before", "after"), [("TP1", "TP2"), ("TP1", "DP2"), ("TP2", "PP2")])
+def test_a_run_goes_on_at_another_layout(
+    ranks: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str], before: str, after: str
+) -> None:
+    straight, halves = (run_config(tmp_path / name, *LAYOUTS[before], "trainer.export=false") for name in "sh")
+    straight.trainer.steps = 4
+    ranks(world_size(straight), run, straight)
+    ranks(world_size(halves), run_until, halves, 3)
+    resumed = run_config(tmp_path / "h", *LAYOUTS[after], RESUME, "trainer.export=false")
+    resumed.trainer.steps = 4
+    ranks(world_size(resumed), run, resumed)
+    expected, first = (metrics_of(tmp_path / name)[3] for name in "sh")
+    assert "random states start from the seed" in capfd.readouterr().err
+    assert first["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert first == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_only_complete_checkpoints_are_found(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "nowhere") is None
-    for name in ("step-000002", "step-000010", "step-000012.partial"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000010"
+def test_a_checkpoint_holds_its_configuration_and_progress(ranks: Ranks, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    config = run_config(tmp_path, "trainer.export=false")
+    config.trainer.steps = 2
+    ranks(1, run, config)
+    (checkpoint,) = CheckpointFolder(tmp_path / "checkpoints").complete()
+    assert (checkpoint / "config.yaml").read_text() == to_yaml(config)
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    assert common["progress"]["step"] == 2 and common["progress"]["position"] == 8
+    assert common["layout"] == {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
+
+
+def test_the_best_checkpoint_is_kept(ranks: Ranks, tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path, "trainer.save_every=1", "trainer.eval_every=1", "trainer.export=false", "checkpoint.keep_last=1",
+        f"data.eval={tiny_config().data.eval}", "trainer.lr=1e-2", "rollout.max_new_tokens=12",
+    )  # fmt: skip
+    config.trainer.steps = 4
+    ranks(1, run, config)
+    rows = metrics_of(tmp_path)[1:]
+    best = max((row["eval.accuracy"], row["step"] + 1) for row in rows)[1]
+    kept = {path.name for path in CheckpointFolder(tmp_path / "checkpoints").complete()}
+    assert kept == {"step-000004", f"step-{best:06d}"}
+
+
+def _random_numbers(config: RunConfig) -> tuple[list[float], list[float]]:
+    """What every generator of a rank gives, before and after a checkpoint was loaded."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    from echorl_nemo.engines.megatron.checkpoint import Checkpoints, Progress
+    from tests.engines.megatron.helpers import trainer_of
+
+    def draw() -> list[float]:
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            parallel = float(torch.rand(()))
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), parallel]
+
+    trainer = trainer_of(config)
+    checkpoints = Checkpoints(Path(config.trainer.run_dir), config.checkpoint, trainer.parallel)
+    random.seed(torch.distributed.get_rank())
+    checkpoints.save(trainer.policy, Progress(1), "", accuracy=None)
+    before = draw()
+    draw()
+    assert checkpoints.restore(trainer.policy) is not None
+    return before, draw()
+
+
+def test_random_states_of_every_rank_come_back(ranks: Ranks, tmp_path: Path) -> None:
+    drawn = ranks(2, _random_numbers, run_config(tmp_path, *LAYOUTS["TP2"]))
+    for before, after in drawn:
+        assert before == after
+    assert drawn[0][0][0] != drawn[1][0][0] and drawn[0][0][3] != drawn[1][0][3]  # each rank its own

@@ -43,7 +43,7 @@ def _export_and_train(config: RunConfig, folder: Path) -> tuple[torch.Tensor, li
     trainer.policy.model.export(folder)
     batch, _ = prepared_batch(trainer)
     assert batch.entropies is not None
-    return batch.entropies, [trainer.policy.update(batch) for _ in range(2)]
+    return batch.entropies, [trainer.policy.update(batch).metrics for _ in range(2)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +94,7 @@ def _train(config: RunConfig) -> tuple[torch.Tensor, list[dict[str, float]], lis
     batch, _ = prepared_batch(trainer)
     assert batch.entropies is not None
     generated = trainer.rollout.generate(trainer.train_data.sequence(0, 2, seed=0), 2, seed=0)
-    return batch.entropies, [trainer.policy.update(batch) for _ in range(2)], generated.responses
+    return batch.entropies, [trainer.policy.update(batch).metrics for _ in range(2)], generated.responses
 
 
 def test_a_mixture_of_experts_in_miniature(ranks: Callable[..., list[Any]], tiny_chain: Path, tmp_path: Path) -> None:

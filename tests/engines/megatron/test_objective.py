@@ -14,7 +14,7 @@ GRPO, ECHORL = ["echorl=off", "algo.entropy_coef=0"], ["algo.entropy_coef=0"]
 def _update(config: RunConfig, rewards: list[list[float]]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     trainer = trainer_of(config)
     batch, _ = prepared_batch(trainer, rewards=rewards)
-    metrics = trainer.policy.update(batch)
+    metrics = trainer.policy.update(batch).metrics
     weights = {name: weight.detach().clone() for name, weight in trainer.policy.model.module.named_parameters()}
     return metrics, weights
 

@@ -17,7 +17,7 @@ def _first_steps(config: RunConfig) -> dict[str, Any]:
     batch, stats = prepared_batch(trainer)
     scored = (batch.old_logprobs, batch.entropies)
     batch = off_policy(batch)
-    metrics = [trainer.policy.update(batch) for _ in range(2)]
+    metrics = [trainer.policy.update(batch).metrics for _ in range(2)]
     return {"scored": scored, "clip_mask": batch.clip_mask, "stats": stats, "metrics": metrics}
 
 

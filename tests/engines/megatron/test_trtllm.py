@@ -16,6 +16,7 @@ from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import METRICS_FILE, read_lines
+from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config, trainer_of
@@ -35,8 +36,8 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def engine_of(trainer: Trainer) -> TrtllmRolloutEngine:
-    assert isinstance(trainer.rollout, TrtllmRolloutEngine)
-    return trainer.rollout
+    assert isinstance(trainer.rollout, RestartingEngine) and isinstance(trainer.rollout.engine, TrtllmRolloutEngine)
+    return trainer.rollout.engine
 
 
 async def _abort_some(llm: Any, prompts: list[list[int]]) -> int:
@@ -112,7 +113,8 @@ def _train(config: RunConfig, behaviour: Behaviour) -> dict[str, Any]:
         trainer = trainer_of(config)
         steps = []
         for _ in range(3):
-            metrics, batch, _ = trainer.step()
+            step = trainer.step()
+            metrics, batch = step.metrics, step.batch
             steps.append((metrics, batch))
         llm = stub_trtllm.AsyncLLM.created[0] if stub_trtllm.AsyncLLM.created else None
         result = {

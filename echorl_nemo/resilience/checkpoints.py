@@ -1,0 +1,179 @@
+"""The folder of a run's checkpoints: published by rename, found only when complete, checked before they are read.
+
+A checkpoint is a folder `step-NNNNNN` with a manifest, the last file written before it gets that name. Whatever else
+lies there is what an interrupted save or removal left behind.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echorl_nemo.resilience.config import CheckpointConfig
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 1 << 24
+
+Sums = dict[str, tuple[int, int]]
+"""By file name, its size in bytes and its CRC-32."""
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """`run_dir`/checkpoints. Only the main rank changes it."""
+
+    path: Path
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, the newest first."""
+        found = [path for path in self.path.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of, reverse=True)
+
+    def begin(self, step: int) -> Path:
+        """A fresh temporary folder for the checkpoint of ``step``; no earlier attempt writes there."""
+        partial = self.path / f"{name_of(step)}.partial-{secrets.token_hex(4)}"
+        partial.mkdir(parents=True)
+        return partial
+
+    def publish(self, partial: Path, sums: Sums, *, accuracy: float | None) -> Path:
+        """Complete ``partial``, every file of which is in ``sums`` and on the disk, and give it its name."""
+        final = self.path / partial.name.split(".partial-")[0]
+        write_durably(partial / MANIFEST, json.dumps({"accuracy": accuracy, "files": sums}, indent=1))
+        _sync(partial)
+        self.remove(final)
+        partial.rename(final)
+        _sync(self.path)
+        return final
+
+    def remove(self, checkpoint: Path) -> None:
+        """Delete a folder if it is there. It loses its name first: a half-deleted checkpoint is found by nobody, and a
+        writer that outlived its run puts no file into it."""
+        if checkpoint.exists():
+            gone = checkpoint.with_name(f"{checkpoint.name}.partial-{secrets.token_hex(4)}")
+            checkpoint.rename(gone)
+            shutil.rmtree(gone)
+
+    def clean(self) -> list[str]:
+        """Remove what interrupted saves left; returns the names."""
+        leftovers = sorted(self.path.glob("step-*.partial-*"))
+        for leftover in leftovers:
+            self.remove(leftover)
+        return [leftover.name for leftover in leftovers]
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint, so that no run goes on from it; it is never removed."""
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{secrets.token_hex(4)}")
+        checkpoint.rename(aside)
+        return aside
+
+    def retain(self, config: CheckpointConfig) -> list[Path]:
+        """Remove the checkpoints that ``config`` does not keep; returns them."""
+        complete = self.complete()
+        rated = [(accuracy, step_of(path), path) for path in complete if (accuracy := accuracy_of(path)) is not None]
+        best = [path for _, _, path in sorted(rated, reverse=True)[: config.keep_best]]
+        every = config.keep_every
+        dropped = [
+            path
+            for path in complete[config.keep_last :]
+            if path not in best and not (every and step_of(path) % every == 0)
+        ]
+        for path in dropped:
+            self.remove(path)
+        return dropped
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Training steps made, from the folder's name."""
+    match = CHECKPOINT_NAME.match(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
+def accuracy_of(checkpoint: Path) -> float | None:
+    """`eval.accuracy` of a complete checkpoint; None where it was not evaluated, or cannot be read."""
+    try:
+        accuracy = _read_manifest(checkpoint)["accuracy"]
+    except ValueError:
+        return None
+    return None if accuracy is None else float(accuracy)
+
+
+def sum_files(folder: Path, names: Iterable[str]) -> Sums:
+    """Size and CRC-32 of files in ``folder``, each of which is on the disk when this returns."""
+    sums: Sums = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            sums[name] = _sum(file)
+            os.fsync(file.fileno())
+    return sums
+
+
+def damages(checkpoint: Path, *, part: int, parts: int) -> list[str]:
+    """What is wrong with every ``parts``-th file of a checkpoint, from the ``part``-th on.
+
+    Raises OSError where the storage itself fails: then nothing is known about the checkpoint.
+    """
+    try:
+        files = sorted(_read_manifest(checkpoint)["files"].items())
+    except ValueError as error:
+        return [str(error)] if part == 0 else []
+    found = []
+    for name, (size, crc) in files[part::parts]:
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            found.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+        else:
+            with path.open("rb") as file:
+                if _sum(file)[1] != crc:
+                    found.append(f"{name} was altered: its checksum is another")
+    return found
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace ``path`` in one piece, and have it on the disk."""
+    partial = path.with_name(f"{path.name}.new")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError for one that is damaged."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(manifest["files"], dict) and "accuracy" in manifest:
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error!r}") from error
+    raise ValueError(f"{MANIFEST} lacks its entries")
+
+
+def _sum(file: Any) -> tuple[int, int]:
+    size = crc = 0
+    while chunk := file.read(CHUNK_BYTES):
+        size += len(chunk)
+        crc = zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,41 @@
+"""One run in one folder."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from echorl_nemo.errors import UserError
+
+LOCK_FILE = ".lock"
+
+
+class RunLock:
+    """A POSIX lock on a file of the run folder: it goes with its process, however that ends, and works over NFS."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError that names the owner if another process has the folder, or if its file system locks none."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self._file.seek(0)
+            owner = self._file.read().strip()
+            raise UserError(
+                f"trainer.run_dir={folder}: another run writes there ({owner}); wait for its end, or name another "
+                "folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"trainer.run_dir={folder}: its file system has no locks ({error}), so that a second run in the folder "
+                "would not be noticed; mount it with locks (Lustre: -o flock), or name another folder"
+            ) from error
+        self._file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

@@ -1,0 +1,404 @@
+"""Injected faults: a run loses nothing that it had saved, and says what happened."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from echorl_nemo.config import to_yaml
+from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.engines.megatron.policy import MegatronPolicy
+from echorl_nemo.engines.megatron.trainer import Step, Trainer
+from echorl_nemo.engines.megatron.worker import run_rank
+from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.report.logger import FAILURES_FILE, METRICS_FILE, read_lines
+from echorl_nemo.resilience.checkpoints import CheckpointFolder
+from echorl_nemo.resilience.stop import EXIT_REQUEUE
+from echorl_nemo.schema import RunConfig
+from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, prepared_batch, tiny_config, trainer_of
+from tests.engines.megatron.test_checkpoint import RESUME, Ranks, assert_the_same_run, metrics_of, run, run_config
+
+SAVE = "trainer.save_every=1"
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that nothing happened to, at TP2."""
+    os.chdir(Path(__file__).resolve().parents[3])
+    folder = tmp_path_factory.mktemp("straight")
+    ranks(2, run, run_config(folder, *LAYOUTS["TP2"], SAVE))
+    return folder
+
+
+def told_by(config: RunConfig) -> tuple[int, str]:
+    """On a rank: the exit code of a run, or -1 and the error that ended it, which every rank has."""
+    try:
+        return run(config), ""
+    except UserError as error:
+        if dist.get_world_size() > 1 and not isinstance(error, SharedError):
+            raise
+        return -1, str(error)
+
+
+# ---- steps that are not finite
+
+
+def _poison_gradients(policy: MegatronPolicy, bad_rank: int, calls: Callable[[int], bool]) -> None:
+    """A NaN in the gradients of ``bad_rank`` alone, before they are reduced, in the optimizer steps that ``calls``
+    says."""
+    finalize, count = policy.model.config.finalize_model_grads_func, 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        if dist.get_rank() == bad_rank and calls(count):
+            next(policy.model.module.parameters()).main_grad.view(-1)[0] = torch.nan
+        count += 1
+        finalize(*args, **kwargs)
+
+    policy.model.config.finalize_model_grads_func = poisoned
+
+
+def _weights(policy: MegatronPolicy) -> list[torch.Tensor]:
+    return [weight.data.clone() for weight in policy.model.module.parameters()]
+
+
+def _same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _refused(config: RunConfig, what: str) -> tuple[list[str], dict[str, float], bool, dict[str, float]]:
+    """A broken update and a sound one: refusals, metrics and whether weights stayed, then the sound one's metrics."""
+    trainer = trainer_of(config)
+    batch, _ = prepared_batch(trainer)
+    before = _weights(trainer.policy)
+    if what == "advantage":
+        broken = batch.select(range(len(batch)))
+        assert broken.advantages is not None
+        broken.advantages = broken.advantages.clone()
+        broken.advantages[0] = torch.nan
+    else:
+        broken = batch
+        _poison_gradients(trainer.policy, bad_rank=1, calls=lambda count: count == 0)
+    update = trainer.policy.update(broken)
+    stayed = _same(_weights(trainer.policy), before)
+    return update.refused, update.metrics, stayed, trainer.policy.update(batch).metrics
+
+
+def _sound(config: RunConfig) -> dict[str, float]:
+    trainer = trainer_of(config)
+    return trainer.policy.update(prepared_batch(trainer)[0]).metrics
+
+
+@pytest.mark.parametrize("layout", ["DP2", "TP2", "PP2"])
+@pytest.mark.parametrize("what", ["advantage", "gradient"])
+def test_a_broken_optimizer_step_is_refused_on_every_rank(ranks: Ranks, layout: str, what: str) -> None:
+    config = tiny_config("echorl=off", *LAYOUTS[layout])
+    expected = ranks(2, _sound, config)
+    for (refused, metrics, stayed, later), sound in zip(ranks(2, _refused, config, what), expected, strict=True):
+        told = "the loss is nan" if what == "advantage" else "the gradient norm is nan"
+        assert refused == [f"optimizer step 1 of 1: {told}"]
+        assert metrics == {} and stayed
+        assert later == sound  # nothing of it is left in the gradients or in Adam
+
+
+def _run_with_bad_gradients(config: RunConfig, first: int, count: int) -> tuple[int, str]:
+    """``count`` training steps from ``first`` on have a NaN in one rank's gradients; a step is two optimizer steps."""
+    update, seen = MegatronPolicy.update, 0
+
+    def watched(policy: MegatronPolicy, batch: Any) -> Any:
+        nonlocal seen
+        bad = first <= seen < first + count
+        seen += 1
+        if bad:
+            _poison_gradients(policy, bad_rank=1, calls=lambda call: call == 0)
+        else:
+            policy.model.config.finalize_model_grads_func = original(policy)
+        return update(policy, batch)
+
+    def original(policy: MegatronPolicy) -> Any:
+        return kept.setdefault("finalize", policy.model.config.finalize_model_grads_func)
+
+    kept: dict[str, Any] = {}
+    MegatronPolicy.update = watched  # type: ignore[assignment, method-assign]  # this process ends with the run
+    return told_by(config)
+
+
+def test_a_skipped_step_is_counted_and_its_batch_kept(ranks: Ranks, tmp_path: Path, capfd: Any) -> None:
+    config = run_config(tmp_path, *LAYOUTS["TP2"], SAVE, "trainer.export=false")
+    assert ranks(2, _run_with_bad_gradients, config, 2, 1) == [(0, "")] * 2
+    rows = metrics_of(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert all("grad_norm" in row for row in rows)  # the other mini-batch of that step was learnt from
+    kept = torch.load(tmp_path / "skipped" / "step-000003.pt", weights_only=False)
+    assert "optimizer step 1 of 2: the gradient norm is nan" in kept["reason"]
+    assert kept["batch"]["tokens"].shape[0] == 16
+    told = capfd.readouterr().out
+    assert "step 3/6 SKIPPED" in told and "warning: step 3 was skipped, 1 in a row: optimizer step 1 of 2" in told
+
+
+def test_many_in_a_row_stop_the_run_which_can_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    overrides = [*LAYOUTS["TP2"], "resilience.max_skipped_steps=1", "trainer.export=false"]
+    ends = ranks(2, _run_with_bad_gradients, run_config(tmp_path, *overrides), 1, 9)
+    for code, message in ends:
+        assert code == -1 and "2 steps in a row were not finite (resilience.max_skipped_steps=1)" in message
+    assert [path.name for path in CheckpointFolder(tmp_path / "checkpoints").complete()] == ["step-000003"]
+    assert ranks(2, told_by, run_config(tmp_path, *overrides, RESUME)) == [(0, "")] * 2
+    assert [row["skipped"] for row in metrics_of(tmp_path)] == [0, 1, 1, 0, 0, 0]
+
+
+def _run_with_a_bad_reward(config: RunConfig) -> tuple[int, str]:
+    estimate, seen = Trainer.estimate_advantages, 0
+
+    def broken(trainer: Trainer, batch: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            batch.rewards[5] = torch.inf
+        estimate(trainer, batch)
+
+    Trainer.estimate_advantages = broken  # type: ignore[assignment, method-assign]
+    return told_by(config)
+
+
+def test_a_reward_that_is_not_finite_skips_the_step(ranks: Ranks, tmp_path: Path) -> None:
+    config = run_config(tmp_path, "trainer.export=false")
+    config.trainer.steps = 3
+    assert ranks(1, _run_with_a_bad_reward, config) == [(0, "")]
+    rows = metrics_of(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 1, 0] and "loss" not in rows[1]
+    reason = torch.load(tmp_path / "skipped" / "step-000002.pt", weights_only=False)["reason"]
+    assert reason == "rewards of 1 rollouts are not finite, the first in row 5"
+
+
+# ---- checkpoints
+
+
+def _interrupted(ranks: Ranks, folder: Path) -> None:
+    """Four of six steps, the newest two checkpoints kept."""
+    config = run_config(folder, *LAYOUTS["TP2"], SAVE, "trainer.export=false")
+    config.trainer.steps = 4
+    ranks(2, run, config)
+
+
+def _truncate(checkpoint: Path) -> None:
+    path = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip_a_bit(checkpoint: Path) -> None:
+    path = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def _lose_a_file(checkpoint: Path) -> None:
+    next(checkpoint.glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_truncate, "bytes, not"), (_flip_a_bit, "its checksum is another"), (_lose_a_file, "is missing")],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+    ranks: Ranks, tmp_path: Path, straight: Path, capfd: Any, damage: Callable[[Path], None], message: str
+) -> None:
+    _interrupted(ranks, tmp_path)
+    damage(tmp_path / "checkpoints" / "step-000004")
+    ranks(2, run, run_config(tmp_path, *LAYOUTS["TP2"], SAVE, RESUME))
+    told = capfd.readouterr().err
+    assert "step-000004 is damaged" in told and message in told and "the one before it is taken" in told
+    assert_the_same_run(tmp_path, straight)
+    assert [path.name.split(".")[1][:7] for path in (tmp_path / "checkpoints").glob("step-000004.*")] == ["damaged"]
+
+
+def test_no_run_starts_over_because_every_checkpoint_is_damaged(ranks: Ranks, tmp_path: Path) -> None:
+    _interrupted(ranks, tmp_path)
+    for checkpoint in CheckpointFolder(tmp_path / "checkpoints").complete():
+        _flip_a_bit(checkpoint)
+    before = metrics_of(tmp_path)
+    for code, message in ranks(2, told_by, run_config(tmp_path, *LAYOUTS["TP2"], RESUME)):
+        assert code == -1 and "none of its 2 checkpoints is sound" in message
+    assert metrics_of(tmp_path) == before
+
+
+def _run_on_a_small_disk(config: RunConfig, limit: int) -> tuple[int, str]:
+    """No file may grow beyond ``limit`` bytes, as on a disk that is full."""
+    step, seen = Trainer.step, 0
+
+    def watched(trainer: Trainer) -> Step:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return step(trainer)
+
+    Trainer.step = watched  # type: ignore[assignment, method-assign]
+    end = told_by(config)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return end
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before(
+    ranks: Ranks, tmp_path: Path, straight: Path, asynchronous: bool
+) -> None:
+    overrides = [*LAYOUTS["TP2"], SAVE, f"checkpoint.asynchronous={asynchronous}"]
+    for code, message in ranks(2, _run_on_a_small_disk, run_config(tmp_path, *overrides), 100_000):
+        assert code == -1 and "the checkpoint could not be written: Worker failure: " in message
+        assert "step-000002 is untouched; make room in" in message and "trainer.resume=true" in message
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
+    ranks(2, run, run_config(tmp_path, *overrides, RESUME))
+    assert_the_same_run(tmp_path, straight)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file system")
+def test_a_full_disk(ranks: Ranks, tmp_path: Path) -> None:
+    """A real one, which has no room for every checkpoint of the run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=True)
+    try:
+        config = run_config(disk / "run", SAVE, "trainer.export=false", "checkpoint.keep_last=9")
+        ((code, message),) = ranks(1, told_by, config)
+        assert code == -1 and "No space left on device" in message and "is untouched; make room in" in message
+        (newest, *_) = CheckpointFolder(disk / "run" / "checkpoints").complete()
+        for old in CheckpointFolder(disk / "run" / "checkpoints").complete()[1:]:
+            CheckpointFolder(disk / "run" / "checkpoints").remove(old)
+        resumed = run_config(
+            disk / "run", SAVE, RESUME, "trainer.export=false", "checkpoint.keep_last=1", "logger.rollouts_every=100"
+        )
+        resumed.trainer.steps = int(newest.name[-6:]) + 1
+        assert ranks(1, told_by, resumed) == [(0, "")]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- preemption
+
+
+def _preempted(config: RunConfig, rank: int, step: int) -> int:
+    """A signal that one rank alone gets, in the middle of a step."""
+    estimate, seen = Trainer.estimate_advantages, 0
+
+    def watched(trainer: Trainer, batch: Any) -> None:
+        nonlocal seen
+        if seen == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        seen += 1
+        estimate(trainer, batch)
+
+    Trainer.estimate_advantages = watched  # type: ignore[assignment, method-assign]
+    return run(config)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_signal_to_one_rank_saves_and_ends_all(
+    ranks: Ranks, tmp_path: Path, straight: Path, capfd: Any, asynchronous: bool
+) -> None:
+    overrides = [*LAYOUTS["TP2"], "trainer.save_every=4", f"checkpoint.asynchronous={asynchronous}"]
+    assert ranks(2, _preempted, run_config(tmp_path, *overrides), 1, 2) == [EXIT_REQUEUE] * 2
+    told = f"stopped after step 3: SIGUSR1; saved, exit code {EXIT_REQUEUE}"
+    assert told in capfd.readouterr().out and (tmp_path / "requeue").read_text() == f"{told}\n"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["phase"] == "stopped"
+    assert ranks(2, run, run_config(tmp_path, *overrides, RESUME)) == [0, 0]
+    assert_the_same_run(tmp_path, straight)
+    assert not (tmp_path / "requeue").exists()
+
+
+def test_a_run_ends_before_its_job_does(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "1000")  # long ago
+    config = run_config(tmp_path, "resilience.time_limit_minutes=5", "trainer.export=false")
+    assert ranks(1, run, config) == [EXIT_REQUEUE]
+    assert "stopped after step 1: the job ends in 0 s" in (tmp_path / "requeue").read_text()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tmp_path: Path, straight: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": -1, "eval.accuracy": 0.5}\n{"step": 0, "reward": 1}\n')
+    ranks(2, run, run_config(tmp_path, *LAYOUTS["TP2"], SAVE, RESUME))
+    assert_the_same_run(tmp_path, straight)
+
+
+# ---- data, verifiers, folders
+
+
+def test_a_data_file_that_shrank_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    lines = Path(tiny_config().data.train).read_text().splitlines(keepends=True)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(lines))
+    overrides = [f"data.train={data}", "trainer.export=false"]
+    config = run_config(tmp_path / "run", *overrides)
+    config.trainer.steps = 2
+    ranks(1, run, config)
+    data.write_text("".join(lines[:-1]))
+    ((code, message),) = ranks(1, told_by, run_config(tmp_path / "run", *overrides, RESUME))
+    assert (
+        code == -1
+        and f"data.train={data}: its prompts are not those that the run was trained on until step 2" in message
+    )
+    assert f"({len(lines)} prompts" in message and f"now {len(lines) - 1} prompts" in message
+    assert "checkpoint.accept_changed_data=true" in message
+    accepted = run_config(tmp_path / "run", *overrides, RESUME, "checkpoint.accept_changed_data=true")
+    assert ranks(1, told_by, accepted) == [(0, "")]
+
+
+def test_verifier_timeouts_are_counted_by_problem(ranks: Ranks, tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path, "data.reward=tests.rewards.verifiers:hangs_on_four", "data.reward_timeout=0.3",
+        "trainer.export=false", f"data.train={tmp_path / 'prompts.jsonl'}", "data.reward_workers=1",
+        "rollout.group_size=2",
+    )  # fmt: skip
+    lines = Path(tiny_config().data.train).read_text().splitlines(keepends=True)[:4]
+    rows = [{**json.loads(line), "answer": "4" if n == 0 else "5"} for n, line in enumerate(lines)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.trainer.steps = 2
+    ranks(1, run, config)
+    assert [row["verify.timeouts"] for row in metrics_of(tmp_path)] == [2, 2]
+    failures = read_lines(tmp_path / FAILURES_FILE)
+    assert [failure["timeouts"] for failure in failures] == ["1", "2", "3", "4"]
+    assert {failure["prompt"] for failure in failures} == {rows[0]["prompt"]}
+
+
+def _stand_in_the_folder(config: RunConfig, ready: str) -> int:
+    step = Trainer.step
+
+    def waiting(trainer: Trainer) -> Step:
+        if dist.get_rank() == 0:
+            Path(ready).touch()
+            while Path(ready).exists():
+                time.sleep(0.05)
+        return step(trainer)
+
+    Trainer.step = waiting  # type: ignore[assignment, method-assign]
+    return run_rank(config, to_yaml(config), check(config), PLATFORM)
+
+
+def test_two_runs_in_one_folder(ranks: Ranks, tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", SAVE, "trainer.export=false")
+    config.trainer.steps = 1
+    ready = tmp_path / "ready"
+    fork = multiprocessing.get_context("fork")
+    first = fork.Process(target=ranks, args=(1, _stand_in_the_folder, config, str(ready)))
+    first.start()
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for code, message in ranks(2, told_by, run_config(tmp_path / "run", *LAYOUTS["TP2"], SAVE, RESUME)):
+        assert code == -1 and "another run writes there (process " in message
+    ready.unlink()
+    first.join()
+    assert first.exitcode == 0 and len(metrics_of(tmp_path / "run")) == 1

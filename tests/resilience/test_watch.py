@@ -1,0 +1,44 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from echorl_nemo.resilience.watch import Watch
+
+
+def _stand_still(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_a_long_step_leaves_its_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    watches = [Watch(tmp_path, rank, limit_seconds=0.2) for rank in (1, 0)]  # one timer a process: the last one's
+    for watch in watches:
+        watch.step(6)
+    _stand_still(1.0)
+    for watch in watches:
+        watch.close()
+    stacks = (tmp_path / "stacks" / "rank-0000.txt").read_text()
+    assert "Timeout (0:00:00.200000)!" in stacks and "_stand_still" in stacks
+    assert not (tmp_path / "stacks" / "rank-0001.txt").exists()
+    assert "step 7 takes longer than 0.00333333 minutes" in capfd.readouterr().out
+
+
+def test_steps_in_time_leave_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(tmp_path, 0, limit_seconds=0.4)
+    for step in range(4):
+        watch.step(step)
+        time.sleep(0.2)
+    watch.close()
+    assert not (tmp_path / "stacks").exists() and capfd.readouterr().out == ""
+
+
+def test_the_heartbeat_says_where_the_run_is(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 0, limit_seconds=0)
+    watch.step(3)
+    watch.beat("generate")
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (beat["step"], beat["phase"]) == (3, "generate") and beat["time"] == pytest.approx(time.time(), abs=5)
+    Watch(tmp_path, 1, limit_seconds=0).beat("verify")  # the main rank alone writes it
+    Watch(None, 0, limit_seconds=0).beat("verify")
+    assert json.loads((tmp_path / "heartbeat.json").read_text()) == beat
