@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "--elsewhere", action="store_true", help="the run is for another machine: look for no files and packages here"
     )
+    plan.add_argument(
+        "--packages-elsewhere",
+        action="store_true",
+        help="the ranks have another environment: look for no packages here",
+    )
     plan.add_argument("--launch", type=Path, metavar="DIR", help="write the command that starts the run to DIR")
     train = commands.add_parser("train", help="train a policy on the native engine")
     train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
@@ -79,7 +84,9 @@ def _plan(options: argparse.Namespace) -> int:
     from echorl_nemo.schema import RunConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
-    plan = make_plan(config, elsewhere=options.elsewhere)
+    plan = make_plan(
+        config, elsewhere=options.elsewhere, packages=not (options.elsewhere or options.packages_elsewhere)
+    )
     if options.json:
         print(json.dumps(as_json(plan), indent=1))
     else:
@@ -92,6 +99,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from echorl_nemo.resilience.stop import StopSignals
+
+    signals = StopSignals().listen()  # before the libraries are imported, which takes its time
     from echorl_nemo.config import load_config, to_yaml
     from echorl_nemo.engines.megatron.run import train
     from echorl_nemo.schema import RunConfig
@@ -105,7 +115,7 @@ def _train(options: argparse.Namespace) -> int:
             f"engine={config.engine}: `train` is the native engine's; start a host by slurm/, or by the command that "
             "`echorl-nemo plan --launch DIR` writes"
         )
-    return train(config, to_yaml(config))
+    return train(config, to_yaml(config), signals)
 
 
 def _examine(options: argparse.Namespace) -> int:

@@ -16,9 +16,11 @@ if ((GPUS_PER_NODE > 0)); then
     else
         count=$(grep -c . <<< "${listed}")
         ((count >= GPUS_PER_NODE)) || problems+=("${count} GPUs, GPUS_PER_NODE=${GPUS_PER_NODE}")
-        while IFS=', ' read -r index used errors; do
-            ((used < 2000)) || problems+=("GPU ${index}: ${used} MiB used by others")
-            [[ ${errors} == "[N/A]" || ${errors} == 0 ]] || problems+=("GPU ${index}: ${errors} uncorrected memory errors")
+        while IFS=, read -r index used errors; do
+            used=${used# } errors=${errors# }
+            # GPUs without such a count, or in slices, print words in brackets
+            [[ ${used} == \[* ]] || ((used < 2000)) || problems+=("GPU ${index}: ${used} MiB used by others")
+            [[ ${errors} == \[* || ${errors} == 0 ]] || problems+=("GPU ${index}: ${errors} uncorrected memory errors")
         done <<< "${listed}"
     fi
 fi

@@ -4,7 +4,8 @@
 set -euo pipefail
 
 ENGINE=${ENGINE:-nemo_aligner}
-RUN_DIR=${RUN_DIR:-${SLURM_SUBMIT_DIR}/runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}}
+ECHORL_HOME=$(realpath -m "${ECHORL_HOME}")
+RUN_DIR=$(realpath -m "${RUN_DIR:-${SLURM_SUBMIT_DIR}/runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}}")
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
 CONTAINER=${CONTAINER:-}
@@ -13,6 +14,7 @@ MOUNTS=${MOUNTS:-}
 SRUN_OPTIONS=${SRUN_OPTIONS:-}
 PYTHON=${PYTHON:-python}
 MAX_RESTARTS_WITHOUT_PROGRESS=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
+EXIT_REQUEUE=75 # of ranks that have saved and want to be started again
 if [[ ${CONTAINER_RUNTIME} == none ]]; then
     HOME_OF_RANKS=${ECHORL_HOME}
     PLAN_PYTHON=${PLAN_PYTHON:-${PYTHON}}
@@ -23,12 +25,12 @@ fi
 
 start_run() {
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job ${SLURM_JOB_ID}: engine ${ENGINE}, config ${CONFIG}, run folder ${RUN_DIR}"
-    check_settings
+    check_settings "$@"
     mkdir -p "${RUN_DIR}"
-    stop_without_progress
     export_settings
     check_nodes
     make_plan "$@"
+    stop_without_progress
     if [[ ${ENGINE} == nemo_rl ]]; then
         start_on_ray
     else
@@ -57,9 +59,32 @@ check_settings() {
     esac
     if [[ ${ENGINE} == nemo_rl ]]; then
         [[ ${CONTAINER_RUNTIME} == pyxis ]] || fail "ENGINE=nemo_rl: its ray.sub needs pyxis; set CONTAINER to an image"
+        in_mounts "${SLURM_SUBMIT_DIR}" || fail "MOUNTS=${MOUNTS}: ray.sub works in ${SLURM_SUBMIT_DIR}, where sbatch was called, also inside the container; add it"
+        in_mounts "${RUN_DIR}" || fail "MOUNTS=${MOUNTS}: RUN_DIR=${RUN_DIR} is not in the container; add it"
         [[ -f ${NEMO_RL_HOME:-}/ray.sub ]] || fail "NEMO_RL_HOME=${NEMO_RL_HOME:-}: name a checkout of NeMo-RL v0.7.0 on shared storage; no ray.sub is there"
     fi
     [[ -f ${ECHORL_HOME}/slurm/check_node.sh ]] || fail "ECHORL_HOME=${ECHORL_HOME}: no checkout of echorl_nemo"
+    local argument key
+    for argument in "$@"; do
+        key=${argument%%=*}
+        case ${key//+/} in
+            engine) fail "${argument}: the script sets it; use ENGINE=${argument#*=}" ;;
+            trainer.run_dir) fail "${argument}: the script sets it; use RUN_DIR=${argument#*=}" ;;
+            trainer.resume) fail "${argument}: the script sets it, true where RUN_DIR holds a run; leave it out" ;;
+            cluster.nodes) fail "${argument}: the script sets it; use sbatch --nodes=${argument#*=}" ;;
+            cluster.gpus_per_node) fail "${argument}: the script sets it; use GPUS_PER_NODE=${argument#*=} and sbatch --gpus-per-node=${argument#*=}" ;;
+        esac
+    done
+}
+
+# Whether a folder has the same path inside the container.
+in_mounts() {
+    local mount outside inside
+    for mount in ${MOUNTS//,/ }; do
+        IFS=: read -r outside inside _ <<< "${mount}"
+        [[ ${outside} == "${inside:-${outside}}" && $1/ == "${outside%/}"/* ]] && return 0
+    done
+    return 1
 }
 
 export_settings() {
@@ -72,18 +97,31 @@ export_settings() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-    export PYTHONPATH=${HOME_OF_RANKS}${PYTHONPATH:+:${PYTHONPATH}}
+    # runs stop in time for this; older Slurms do not set them
+    export SLURM_JOB_START_TIME=${SLURM_JOB_START_TIME:-$(job_time StartTime)}
+    export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(job_time EndTime)}
     export GPUS_PER_NODE RUN_DIR
+}
+
+# One of the job's entries in `scontrol show job`.
+job_entry() {
+    scontrol --oneliner show job "${SLURM_JOB_ID}" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+}
+
+# Seconds since the epoch; empty for a time that is not known.
+job_time() {
+    date -d "$(job_entry "$1")" +%s 2> /dev/null || true
 }
 
 # A job that is put back again and again without a newer checkpoint is broken.
 stop_without_progress() {
-    local newest log=${RUN_DIR}/attempts.txt
-    newest=$(find "${RUN_DIR}/checkpoints" "${RUN_DIR}/nemo_aligner/checkpoints" -mindepth 1 -maxdepth 1 ! -name '*.partial' ! -name '*unfinished*' ! -name 'tmp_*' \
+    local newest log=${RUN_DIR}/attempts.txt entry
+    newest=$(find "${RUN_DIR}/checkpoints" "${RUN_DIR}/nemo_aligner/checkpoints" -mindepth 1 -maxdepth 1 ! -name '*.partial*' ! -name '*.damaged*' ! -name '*unfinished*' ! -name 'tmp_*' \
         -printf '%T@ %f\n' 2> /dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2- || true)
-    echo "${newest:-none}" >> "${log}"
-    if (($(tail -n "$((MAX_RESTARTS_WITHOUT_PROGRESS + 1))" "${log}" | grep -cFx -- "${newest:-none}") > MAX_RESTARTS_WITHOUT_PROGRESS)); then
-        fail "${MAX_RESTARTS_WITHOUT_PROGRESS} restarts from the same checkpoint (${newest:-none}): not put back again; see the log above, then remove ${log}"
+    entry="job ${SLURM_JOB_ID} from ${newest:-none}"
+    echo "${entry}" >> "${log}"
+    if (($(tail -n "$((MAX_RESTARTS_WITHOUT_PROGRESS + 1))" "${log}" | grep -cFx -- "${entry}") > MAX_RESTARTS_WITHOUT_PROGRESS)); then
+        fail "${MAX_RESTARTS_WITHOUT_PROGRESS} restarts from the same checkpoint (${newest:-none}): not put back again; see the log above, and submit anew once the cause is mended"
     fi
 }
 
@@ -96,13 +134,14 @@ check_nodes() {
 
 # What would fail fails here, within seconds; writes the command of the run to RUN_DIR/launch.
 make_plan() {
-    local settings=()
+    local settings=() options=()
     if [[ ${ENGINE} == nemo_rl ]]; then
         settings=(algo=nemo_rl rollout=vllm) # as much of the configuration as it has
-    elif [[ ${ENGINE} == megatron && -e ${RUN_DIR}/metrics.jsonl ]]; then
+    elif [[ ${ENGINE} == megatron && (-e ${RUN_DIR}/metrics.jsonl || -e ${RUN_DIR}/checkpoints) ]]; then
         settings=(trainer.resume=true)
     fi
-    run_in_container 1 1 "${PLAN_PYTHON}" -m echorl_nemo plan --config-name "${CONFIG}" --launch "${RUN_DIR}/launch" \
+    [[ ${PLAN_PYTHON} == "${PYTHON}" ]] || options=(--packages-elsewhere)
+    run_in_container 1 1 "${PLAN_PYTHON}" -m echorl_nemo plan "${options[@]}" --config-name "${CONFIG}" --launch "${RUN_DIR}/launch" \
         "engine=${ENGINE}" "cluster.nodes=${SLURM_JOB_NUM_NODES}" "cluster.gpus_per_node=${RANKS_PER_NODE}" \
         "trainer.run_dir=${RUN_DIR}" "${settings[@]}" "$@" \
         || fail "the plan found problems, see above; nothing was started"
@@ -110,6 +149,12 @@ make_plan() {
 
 # run_in_container NODES TASKS_PER_NODE COMMAND...
 run_in_container() {
+    set_srun_command "$@"
+    "${SRUN_COMMAND[@]}"
+}
+
+# The same as an array, SRUN_COMMAND: in the background a function is a shell of its own, and no signal would reach srun.
+set_srun_command() {
     local nodes=$1 tasks=$2 options=() wrapper=() cpus
     cpus=$((SLURM_CPUS_ON_NODE > $2 ? SLURM_CPUS_ON_NODE / $2 : 1))
     shift 2
@@ -117,49 +162,68 @@ run_in_container() {
         pyxis)
             options=(--container-image="${CONTAINER}" --no-container-mount-home --container-workdir="${HOME_OF_RANKS}")
             # where the image sets them too, the job's win
-            options+=(--container-env="PYTHONPATH,OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG")
+            options+=(--container-env="OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG")
             [[ -z ${MOUNTS} ]] || options+=(--container-mounts="${MOUNTS}")
             ;;
         apptainer)
-            wrapper=(apptainer exec --no-home --pwd "${HOME_OF_RANKS}" --env "PYTHONPATH=${PYTHONPATH}")
+            wrapper=(apptainer exec --no-home --pwd "${HOME_OF_RANKS}")
             ((GPUS_PER_NODE == 0)) || wrapper+=(--nv)
             [[ -z ${MOUNTS} ]] || wrapper+=(--bind "${MOUNTS}")
             wrapper+=("${CONTAINER}")
             ;;
         none) options=(--chdir="${HOME_OF_RANKS}") ;;
     esac
-    # shellcheck disable=SC2086  # options are words
-    srun ${SRUN_OPTIONS} --nodes="${nodes}" --ntasks-per-node="${tasks}" --cpus-per-task="${cpus}" --kill-on-bad-exit=1 \
-        "${options[@]}" "${wrapper[@]}" "$@"
+    # shellcheck disable=SC2016  # the image's own search path comes after the package
+    wrapper+=(bash -c 'PYTHONPATH=$0${PYTHONPATH:+:${PYTHONPATH}} exec "$@"' "${HOME_OF_RANKS}")
+    # shellcheck disable=SC2206  # options are words
+    SRUN_COMMAND=(srun ${SRUN_OPTIONS} --nodes="${nodes}" --ntasks-per-node="${tasks}" --cpus-per-task="${cpus}"
+        --kill-on-bad-exit=1 "${options[@]}" "${wrapper[@]}" "$@")
 }
 
-# One task for each rank. USR1, which comes before the time limit, and TERM go to the ranks; then the job is put back.
+# One task for each rank. USR1, which comes before the time limit, and TERM go to the ranks, which save and end; so they
+# do by themselves before the job's end. Then the job is put back.
 start_ranks() {
     local command code=0 stopping=
     mapfile -t command < "${RUN_DIR}/launch/command.txt"
     say "${SLURM_JOB_NUM_NODES} nodes x ${RANKS_PER_NODE} ranks: ${PYTHON} ${command[*]}"
-    run_in_container "${SLURM_JOB_NUM_NODES}" "${RANKS_PER_NODE}" "${PYTHON}" "${command[@]}" &
+    set_srun_command "${SLURM_JOB_NUM_NODES}" "${RANKS_PER_NODE}" "${PYTHON}" "${command[@]}"
+    "${SRUN_COMMAND[@]}" &
     local ranks=$!
-    trap 'stopping=USR1; kill -USR1 "${ranks}"' USR1
-    trap 'stopping=TERM; kill -TERM "${ranks}"' TERM
+    trap 'stopping=USR1 signalled=1; kill -USR1 "${ranks}" || true' USR1
+    trap 'stopping=TERM signalled=1; kill -TERM "${ranks}" || true' TERM
     wait_for "${ranks}" || code=$?
-    if [[ -n ${stopping} && ${code} != 0 ]]; then
-        say "stopped by ${stopping}, ranks ended with ${code}: put back in the queue"
-        scontrol requeue "${SLURM_JOB_ID}"
-        exit 0
+    # of ranks that end with a code of their own srun may kill the last
+    [[ ! -e ${RUN_DIR}/requeue || ${code} == 0 ]] || code=${EXIT_REQUEUE}
+    if [[ ${code} == "${EXIT_REQUEUE}" || (-n ${stopping} && ${code} != 0) ]]; then
+        put_back "${stopping:-the time limit} came, ranks ended with ${code}"
     fi
     ((code == 0)) || fail "ranks ended with ${code}"
     say "the run is done"
 }
 
-# A signal ends bash's wait early.
+# put_back REASON: into the queue, unless Slurm has done so, or somebody wants the job to end.
+put_back() {
+    local state
+    state=$(job_entry JobState)
+    if [[ ${state} == RUNNING ]]; then
+        say "$1: put back in the queue"
+        scontrol requeue "${SLURM_JOB_ID}"
+    else
+        say "$1: the job is ${state}, and stays what Slurm was told, put back or cancelled"
+    fi
+    exit 0
+}
+
+# A signal ends bash's wait early, with a code of its own.
 wait_for() {
-    local code=0
-    while kill -0 "$1" 2> /dev/null; do
-        code=0
-        wait "$1" || code=$?
+    local code=0 last
+    while true; do
+        last=0
+        wait "$1" || last=$?
+        ((last == 127)) || code=${last} # 127: the wait before had its code
+        [[ -n ${signalled:-} ]] || return "${code}"
+        signalled=
     done
-    return "${code}"
 }
 
 # NeMo-RL's own launcher starts Ray on every node and the command on the first.
@@ -172,6 +236,13 @@ start_on_ray() {
     export BASE_LOG_DIR=${RUN_DIR}/ray/attempt-${SLURM_RESTART_COUNT:-0}
     mkdir -p "${BASE_LOG_DIR}"
     say "${NEMO_RL_HOME}/ray.sub: ${COMMAND}"
-    bash "${NEMO_RL_HOME}/ray.sub" || fail "ray.sub ended with $?; see ${BASE_LOG_DIR}"
+    local code=0 stopping=
+    bash "${NEMO_RL_HOME}/ray.sub" &
+    # NeMo-RL takes no signals: it ends by itself at checkpointing.checkpoint_must_save_by, and then the job is put back
+    trap 'stopping=USR1 signalled=1' USR1
+    trap 'stopping=TERM signalled=1' TERM
+    wait_for "$!" || code=$?
+    [[ -z ${stopping} ]] || put_back "${stopping} came, ray.sub ended with ${code}"
+    ((code == 0)) || fail "ray.sub ended with ${code}; see ${BASE_LOG_DIR}"
     say "the run is done"
 }

@@ -119,7 +119,7 @@ def file_problems(config: RunConfig, total_parameters: int | None) -> tuple[list
     problems, inputs = checks.read_inputs(config)
     problems += path_problems(config.model)
     if config.engine == "megatron":
-        problems += [*checks.package_problems(config), *checks.run_dir_problems(config)]
+        problems += checks.run_dir_problems(config)
     if config.engine == "nemo_aligner" and config.model.nemo_path and not Path(config.model.nemo_path).exists():
         problems.append(f"model.nemo_path={config.model.nemo_path}: no such file or folder")
     return problems + folder_problems(Path(config.trainer.run_dir), total_parameters), inputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from echorl_nemo.engines.megatron.checks import Inputs
+from echorl_nemo.engines.megatron.checks import Inputs, package_problems
 from echorl_nemo.engines.megatron.layout import known_config, layout_problems
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.errors import UserError
@@ -42,10 +42,11 @@ class Plan:
         return not self.problems
 
 
-def make_plan(config: RunConfig, *, elsewhere: bool = False) -> Plan:
+def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = True) -> Plan:
     """Find everything that can be known. Settles `parallel` in ``config``.
 
-    ``elsewhere``: the run is for another machine, so that files, folders and packages are not looked for.
+    ``elsewhere``: the run is for another machine, so that files, folders and packages are not looked for. ``packages``:
+    whether this environment is that of the ranks.
     """
     plan = Plan(config)
     plan.problems += find.settle(config)
@@ -64,6 +65,8 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False) -> Plan:
     if not elsewhere:
         found, plan.inputs = find.file_problems(config, plan.parameters)
         plan.problems += found
+        if packages and config.engine == "megatron":
+            plan.problems += package_problems(config)
     return plan
 
 

@@ -1,6 +1,5 @@
 """The files of a run folder: metrics, rollouts, TensorBoard. Written by one rank."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -49,10 +48,6 @@ class LoggerConfig:
             raise UserError(f"logger.rollouts_every={self.rollouts_every} must be at least 1")
         if self.groups < 0:
             raise UserError(f"logger.groups={self.groups} is negative; use 0 or more")
-        for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
-            spec = importlib.util.find_spec(package)
-            if getattr(self, field) is not None and (spec is None or spec.origin is None):  # no more than a stand-in
-                raise UserError(f"logger.{field}={getattr(self, field)}: the package {package} is not installed")
 
 
 class RunLogger:

@@ -56,9 +56,13 @@ class Recorder:
         """A line on the terminal."""
         self.console.say(text)
 
+    def stop(self) -> None:
+        """Close the files of a run that goes on later."""
+        self.logger.close()
+        self.console.stop()
+
     def finish(self) -> None:
         """Close the files, write the report, print the summary."""
-        self.logger.close()
+        self.stop()
         write_report([self.folder], self.folder / REPORT_FILE)
-        self.console.stop()
         self.console.summary(read_lines(self.folder / METRICS_FILE), self.folder)

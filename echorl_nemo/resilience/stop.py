@@ -14,21 +14,32 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 @dataclass
+class StopSignals:
+    """The flag that a signal sets, from the first moment of a process on; ranks that it forks inherit it."""
+
+    received: str = ""
+    """Name of the first signal that came."""
+
+    def listen(self) -> "StopSignals":
+        """Take SIGUSR1 and SIGTERM from now on."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+
+@dataclass
 class StopRequest:
-    """Whether this rank was asked to stop. A signal only sets a flag, which is looked at between steps."""
+    """Whether this rank wants to stop, which is asked between steps."""
 
     config: ResilienceConfig
     deadline: float | None
     """When the job ends, seconds since the epoch."""
-    received: str = ""
-    """Name of the first signal that came."""
+    signals: StopSignals = field(default_factory=StopSignals)
     longest: dict[str, float] = field(default_factory=dict)
     """Seconds of the longest `step` and `save` so far."""
-
-    def listen(self) -> None:
-        """Take SIGUSR1 and SIGTERM from now on."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
 
     def took(self, what: str, seconds: float) -> None:
         """Learn how long a `step` or a `save` takes."""
@@ -36,8 +47,8 @@ class StopRequest:
 
     def reason(self) -> str:
         """Why this rank wants to stop now; empty if it does not."""
-        if self.received:
-            return self.received
+        if self.signals.received:
+            return self.signals.received
         if self.deadline is not None and time.time() + self._margin() > self.deadline:
             return f"the job ends in {max(0.0, self.deadline - time.time()):.0f} s"
         return ""
@@ -45,9 +56,6 @@ class StopRequest:
     def _margin(self) -> float:
         step, save = self.longest.get("step", 0.0), self.longest.get("save", 0.0)
         return 60 * self.config.time_margin_minutes + 1.5 * step + 2 * save
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
 
 
 def job_deadline(config: ResilienceConfig) -> float | None:

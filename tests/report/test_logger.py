@@ -1,11 +1,9 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from echorl_nemo.errors import UserError
 from echorl_nemo.report.logger import LoggerConfig, RunLogger, read_lines
 from echorl_nemo.rollout.batch import RolloutBatch
 
@@ -54,12 +52,6 @@ def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
     assert [(row["group"], row["prompt"]) for row in rows] == [(7, "a"), (7, "b"), (9, "c"), (9, "f")]
     assert rows[1]["clip"] == [1, 0] and rows[0]["clip"] == [0, 0] and rows[0]["reward_parts"] == {"math": 1.0}
     assert rows[1]["tokens"] == ["4", "5"] and rows[1]["entropies"] == [0.12346] * 2 and rows[1]["steps"] == [0, 1]
-
-
-def test_trackers_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="logger.wandb_project=mine: the package wandb is not installed"):
-        LoggerConfig(wandb_project="mine")
 
 
 def _log_twice(folder: Path, **settings: str) -> None:

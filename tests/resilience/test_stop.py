@@ -5,15 +5,16 @@ import time
 import pytest
 
 from echorl_nemo.resilience.config import ResilienceConfig
-from echorl_nemo.resilience.stop import SIGNALS, StopRequest, job_deadline
+from echorl_nemo.resilience.stop import SIGNALS, StopRequest, StopSignals, job_deadline
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_only_noted(number: signal.Signals) -> None:
     before = {each: signal.getsignal(each) for each in SIGNALS}
-    stop = StopRequest(ResilienceConfig(), None)
+    signals = StopSignals()
+    stop = StopRequest(ResilienceConfig(), None, signals)
     try:
-        stop.listen()
+        signals.listen()
         assert stop.reason() == ""
         os.kill(os.getpid(), number)
         assert stop.reason() == number.name

@@ -387,6 +387,7 @@ class AsyncLLM:
         self._task: asyncio.Task[None] | None = None
         self.ready = self.closed = False
         self.failure: RayError | None = None
+        self.steps = 0
         AsyncLLM.created.append(self)
 
     async def setup_async(self) -> None:
@@ -411,18 +412,18 @@ class AsyncLLM:
         return RequestOutput(self, request, self._next_id)
 
     async def _steps(self) -> None:
-        engine, steps = self.worker.engine, 0
+        engine = self.worker.engine
         faulty = AsyncLLM.created.index(self) < BEHAVIOUR.faulty_engines
         while engine.waiting or engine.active or engine._pending:
-            if faulty and steps == BEHAVIOUR.dies_after:
+            if faulty and self.steps == BEHAVIOUR.dies_after:
                 self.failure = RayError("the actor died: exit code 139")
                 for request in (*engine.waiting, *engine.active):
                     request.done.set()
                 return
-            if faulty and steps == BEHAVIOUR.hangs_after:
+            if faulty and self.steps == BEHAVIOUR.hangs_after:
                 await asyncio.Event().wait()
             engine.step()
-            steps += 1
+            self.steps += 1
             await asyncio.sleep(0)
 
     async def collective_rpc(

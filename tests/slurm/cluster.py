@@ -34,7 +34,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=20
 SchedulerParameters=requeue_delay=0,bf_interval=1,sched_min_interval=0
 SlurmdTimeout=30
 {nodes}

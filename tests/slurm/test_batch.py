@@ -1,5 +1,6 @@
 """The shipped batch scripts under a real Slurm, with the tiny model and documented variables alone."""
 
+import re
 import subprocess
 import sys
 import time
@@ -20,14 +21,16 @@ SMALL = [
 ]  # fmt: skip
 
 
-def submit(cluster: Cluster, script: str, *overrides: str, log: Path, **variables: str) -> str:
+def submit(
+    cluster: Cluster, script: str, *overrides: str, log: Path, options: tuple[str, ...] = (), **variables: str
+) -> str:
     """The number of the job."""
     environment = {
         **cluster.environment, "ENGINE": "megatron", "CONFIG": "quickstart", "PYTHON": sys.executable,
         "GPUS_PER_NODE": "0", "SBATCH_GPUS_PER_NODE": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
         "MIN_TMP_GB": "1", "MIN_SHM_GB": "1", **variables,
     }  # fmt: skip
-    command = ["sbatch", "--parsable", "--nodes=2", f"--output={log}", f"slurm/{script}", *overrides]
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={log}", *options, f"slurm/{script}", *overrides]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -71,24 +74,84 @@ def test_a_wrong_run_fails_in_its_plan_within_seconds(cluster: Cluster, tmp_path
     assert not (run / "metrics.jsonl").exists() and not (run / "launch").exists()
 
 
-def test_a_warning_before_the_time_limit_puts_the_job_back(cluster: Cluster, tmp_path: Path) -> None:
-    """USR1, as `--signal` sends it; the second attempt goes on from the newest checkpoint to the end."""
+LONG = ["trainer.steps=30", "trainer.save_every=100", "trainer.export=false", *SMALL]
+"""A run that does not end before it is stopped, and saves nothing by itself until then."""
+
+
+def test_a_requeued_job_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """`scontrol requeue`, as a preemption does it: TERM to the ranks, which have KillWait to save and end."""
     run, log = tmp_path / "run", tmp_path / "log"
-    overrides = ["trainer.steps=16", "trainer.save_every=1", "trainer.export=false", *SMALL]
-    job = submit(cluster, SCRIPTS[0].name, *overrides, log=log, RUN_DIR=str(run))
-    until(lambda: (run / "checkpoints" / "step-000002").is_dir(), seconds=120, log=log)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
-    until(lambda: "stopped by USR1" in log.read_text(), seconds=60, log=log)
-    cluster.wait(job, "PENDING", seconds=60)
-    until(cluster.is_idle, seconds=60, log=log)
-    time.sleep(3)  # a node takes a job that begins in the second of its end for the old one
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait two minutes
+    job = submit(cluster, SCRIPTS[0].name, *LONG, log=log, RUN_DIR=str(run))
+    until(lambda: len(read_lines(run / "metrics.jsonl")) > 3, seconds=120, log=log)
+    cluster.run("scontrol", "requeue", job)
+    start_again(cluster, job, log)
+    until(lambda: "attempt 2 of job" in log.read_text(), seconds=60, log=log)
+    saved = stopped_after(log, "SIGTERM")
     state = cluster.wait(job, "COMPLETED", "FAILED", seconds=240)
     told = log.read_text()
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", told
-    assert "attempt 2 of job" in told and "trainer.resume=true" in told
+    assert saved >= 4 and "trainer.resume=true" in told
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(30))
+    assert first_step_of_attempt_2(log) == saved + 1
+
+
+def test_a_job_near_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """A real limit of two minutes, and Slurm's own `--signal` before it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    overrides = [*LONG, "trainer.steps=1000", "resilience.time_margin_minutes=0"]
+    job = submit(
+        cluster, SCRIPTS[0].name, *overrides, log=log, RUN_DIR=str(run),
+        options=("--time=2", "--signal=B:USR1@75"),
+    )  # fmt: skip
+    until(lambda: log.exists() and "put back in the queue" in log.read_text(), seconds=150, log=log)
+    saved = stopped_after(log, "SIGUSR1")
+    start_again(cluster, job, log)
+    until(lambda: first_step_of_attempt_2(log) == saved + 1, seconds=120, log=log)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", seconds=60)
+    until(lambda: "and stays what Slurm was told, put back or cancelled" in log.read_text(), seconds=30, log=log)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
-    assert steps == list(range(16))
+    assert steps == list(range(len(steps))) and len(steps) > saved
+
+
+def test_three_restarts_without_progress_stop_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Ranks that end at every warning without having saved anything."""
+    run, log, python = tmp_path / "run", tmp_path / "log", tmp_path / "python"
+    python.write_text("#!/bin/bash\necho ranks wait\ntrap 'exit 1' USR1\nwhile true; do sleep 0.1; done\n")
+    python.chmod(0o755)
+    job = submit(
+        cluster, SCRIPTS[0].name, *LONG, log=log, RUN_DIR=str(run), PYTHON=str(python), PLAN_PYTHON=sys.executable
+    )
+    for attempt in range(1, 4):
+        until(lambda: log.exists() and log.read_text().count("ranks wait") == 2 * attempt, seconds=60, log=log)  # noqa: B023
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        until(lambda: log.read_text().count("put back in the queue") == attempt, seconds=60, log=log)  # noqa: B023
+        start_again(cluster, job, log)
+    state = cluster.wait(job, "COMPLETED", "FAILED", seconds=90)
+    told = log.read_text()
+    assert state["JobState"] == "FAILED" and state["Restarts"] == "3", told
+    assert "error: 3 restarts from the same checkpoint (none): not put back again; see the log above" in told
+
+
+def start_again(cluster: Cluster, job: str, log: Path) -> None:
+    """Slurm would wait two minutes with a job that was put back."""
+    cluster.wait(job, "PENDING", seconds=60)
+    until(cluster.is_idle, seconds=60, log=log)
+    time.sleep(3)  # a node takes a job that begins in the second of its end for the old one
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def stopped_after(log: Path, signal: str) -> int:
+    """The step after which the run says that it has saved."""
+    (step,) = re.findall(rf"stopped after step (\d+): {signal}; saved, exit code 75", log.read_text())
+    return int(step)
+
+
+def first_step_of_attempt_2(log: Path) -> int | None:
+    _, _, told = log.read_text().partition("attempt 2 of job")
+    steps = re.findall(r"^step (\d+)/", told, flags=re.MULTILINE)
+    return int(steps[0]) if steps else None
 
 
 def until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
@@ -105,32 +168,45 @@ def until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
         ({"CONTAINER_RUNTIME": "docker"}, "error: CONTAINER_RUNTIME=docker: use pyxis, apptainer or none"),
         ({"CONTAINER_RUNTIME": "pyxis"}, "error: CONTAINER_RUNTIME=pyxis: name the image, CONTAINER=..."),
         ({"ENGINE": "nemo_rl"}, "error: ENGINE=nemo_rl: its ray.sub needs pyxis"),
-        ({"ENGINE": "nemo_rl", "CONTAINER": "image"}, "error: NEMO_RL_HOME=: name a checkout of NeMo-RL v0.7.0"),
+        (
+            {"ENGINE": "nemo_rl", "CONTAINER": "image", "MOUNTS": "/elsewhere:/elsewhere"},
+            f"error: MOUNTS=/elsewhere:/elsewhere: ray.sub works in {REPOSITORY}, where sbatch was called",
+        ),
+        (
+            {"ENGINE": "nemo_rl", "CONTAINER": "image", "MOUNTS": "/:/"},
+            "error: NEMO_RL_HOME=: name a checkout of NeMo-RL v0.7.0",
+        ),
         ({"GPUS_PER_NODE": "2"}, "n1: no nvidia-smi"),
         ({"MIN_TMP_GB": "1000000"}, "GB free, 1000000 wanted"),
     ],
 )
 def test_a_wrong_setting_is_told(cluster: Cluster, tmp_path: Path, variables: dict[str, str], message: str) -> None:
     log = tmp_path / "log"
-    job = submit(cluster, SCRIPTS[0].name, log=log, **{"RUN_DIR": str(tmp_path / "run"), **variables})
+    job = submit(cluster, SCRIPTS[0].name, log=log, options=(), **{"RUN_DIR": str(tmp_path / "run"), **variables})
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=30)["JobState"] == "FAILED"
     assert message in log.read_text()
 
 
-def test_restarts_without_progress_stop_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    run.mkdir()
-    (run / "attempts.txt").write_text("step-000002\nnone\nnone\nnone\n")
-    job = submit(cluster, SCRIPTS[0].name, log=log, RUN_DIR=str(run))
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("engine=nemo_rl", "use ENGINE=nemo_rl"),
+        ("++trainer.run_dir=/there", "use RUN_DIR=/there"),
+        ("cluster.nodes=4", "use sbatch --nodes=4"),
+        ("cluster.gpus_per_node=4", "use GPUS_PER_NODE=4"),
+    ],
+)
+def test_what_the_script_sets_is_no_argument(cluster: Cluster, tmp_path: Path, argument: str, remedy: str) -> None:
+    log = tmp_path / "log"
+    job = submit(cluster, SCRIPTS[0].name, argument, log=log, RUN_DIR=str(tmp_path / "run"))
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=30)["JobState"] == "FAILED"
-    assert "error: 3 restarts from the same checkpoint (none): not put back again" in log.read_text()
+    assert f"the script sets it; {remedy}" in log.read_text()
 
 
 def test_containers_are_started_with_the_documented_options(tmp_path: Path) -> None:
     """Pyxis and Apptainer are not here: what would be called, with `srun` as a function that prints."""
     script = f"""
         SLURM_SUBMIT_DIR=/submit SLURM_JOB_NAME=job SLURM_JOB_ID=7 SLURM_CPUS_ON_NODE=64 ECHORL_HOME={REPOSITORY}
-        PYTHONPATH=/opt/echorl_nemo
         source slurm/common.sh
         srun() {{ printf '%s\\n' "$@"; }}
         run_in_container 8 8 python -m echorl_nemo
@@ -145,7 +221,9 @@ def test_containers_are_started_with_the_documented_options(tmp_path: Path) -> N
 
     common = ["--nodes=8", "--ntasks-per-node=8", "--cpus-per-task=8", "--kill-on-bad-exit=1"]
     pyxis = called(CONTAINER="image.sqsh", MOUNTS="/a:/a,/b:/c")
-    assert pyxis[:4] == common and pyxis[-3:] == ["python", "-m", "echorl_nemo"]
+    path = ["bash", "-c", 'PYTHONPATH=$0${PYTHONPATH:+:${PYTHONPATH}} exec "$@"', "/opt/echorl_nemo"]
+    command = [*path, "python", "-m", "echorl_nemo"]
+    assert pyxis[:4] == common and pyxis[-7:] == command
     for option in (
         "--container-image=image.sqsh", "--container-mounts=/a:/a,/b:/c", "--no-container-mount-home",
         "--container-workdir=/opt/echorl_nemo",
@@ -153,6 +231,6 @@ def test_containers_are_started_with_the_documented_options(tmp_path: Path) -> N
         assert option in pyxis
     apptainer = called(CONTAINER="image.sif", MOUNTS="/a:/a", CONTAINER_RUNTIME="apptainer")
     assert apptainer[4:] == [
-        "apptainer", "exec", "--no-home", "--pwd", "/opt/echorl_nemo", "--env", "PYTHONPATH=/opt/echorl_nemo", "--nv",
-        "--bind", "/a:/a", "image.sif", "python", "-m", "echorl_nemo",
+        "apptainer", "exec", "--no-home", "--pwd", "/opt/echorl_nemo", "--nv", "--bind", "/a:/a", "image.sif",
+        *command,
     ]  # fmt: skip

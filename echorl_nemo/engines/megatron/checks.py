@@ -236,13 +236,18 @@ def rollout_problems(config: RunConfig) -> list[str]:
 
 
 def package_problems(config: RunConfig) -> list[str]:
-    """What this environment lacks for the run."""
+    """What this environment, that of the ranks, lacks for the run."""
+    problems = []
+    for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+        value, spec = getattr(config.logger, field), importlib.util.find_spec(package)
+        if value is not None and (spec is None or spec.origin is None):  # no more than a stand-in
+            problems.append(f"logger.{field}={value}: the package {package} is not installed; install it, or use null")
     if config.rollout.engine == "trtllm" and importlib.util.find_spec("tensorrt_llm") is None:
-        return [
+        problems.append(
             "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "
             "see docs/tensorrt_llm.md, or use rollout.engine=megatron"
-        ]
-    return []
+        )
+    return problems
 
 
 def packing_problems(config: RunConfig, data: PromptData) -> list[str]:

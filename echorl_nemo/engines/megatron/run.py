@@ -23,14 +23,16 @@ from echorl_nemo.engines.megatron.launch import launch
 from echorl_nemo.engines.megatron.layout import model_problems, world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 from echorl_nemo.errors import UserError
+from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 
-def train(config: RunConfig, config_yaml: str) -> int:
+def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
     """Check what can be checked, start the ranks, train. Returns an exit code: 75 of a run that was asked to stop, has
     saved, and wants to be started again.
 
-    ``config_yaml`` is what the run folder keeps. Raises UserError with every problem found, before a rank starts.
+    ``config_yaml`` is what the run folder keeps; ``signals`` listen already. Raises UserError with every problem found,
+    before a rank starts.
     """
     quiet_libraries()
     world = world_size(config)
@@ -39,7 +41,7 @@ def train(config: RunConfig, config_yaml: str) -> int:
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
-        partial(_train_rank, config, config_yaml, inputs, platform),
+        partial(_train_rank, config, config_yaml, inputs, platform, signals),
         world,
         platform,
         timeout_minutes=config.trainer.timeout_minutes,
@@ -102,11 +104,11 @@ def _platform(config: RunConfig | EvaluateConfig) -> Platform:
     return platform
 
 
-def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> int:
+def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform, signals: StopSignals) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.worker import run_rank
 
-    return run_rank(config, config_yaml, inputs, platform)
+    return run_rank(config, config_yaml, inputs, platform, signals)
 
 
 def _export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> int:

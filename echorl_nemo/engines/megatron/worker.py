@@ -22,7 +22,7 @@ from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.resilience.lock import RunLock
 from echorl_nemo.resilience.skipped import keep_batch
-from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, job_deadline
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals, job_deadline
 from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rollout.engine import RolloutEngine
@@ -33,11 +33,16 @@ REQUEUE_FILE = "requeue"
 """Of the run folder: there while the run has saved and wants to be started again; says why."""
 
 
-def run_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform) -> int:
+def run_rank(
+    config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform, signals: StopSignals | None = None
+) -> int:
     """Train from the start, or from the newest checkpoint of the run folder, to the last step. Returns the exit code:
-    0, or that of a run which saved and wants to be started again."""
-    stop = StopRequest(config.resilience, job_deadline(config.resilience))
-    stop.listen()
+    0, or that of a run which saved and wants to be started again.
+
+    ``signals``: what came before the ranks did.
+    """
+    signals = (signals or StopSignals()).listen()
+    stop = StopRequest(config.resilience, job_deadline(config.resilience), signals)
     parallel = form_groups(config, platform)
     # ranks that resolved the configuration by themselves may differ in its time stamp
     folder = Path(parallel.of_main(lambda: config.trainer.run_dir))
@@ -103,8 +108,8 @@ class _Run:
 
     def train(self) -> bool:
         """True if the run was asked to stop before its last step, and has saved."""
-        steps, reason = self.config.trainer.steps, ""
-        if self.progress.step == 0:
+        steps, reason = self.config.trainer.steps, self._reason_to_stop()
+        if self.progress.step == 0 and not reason:
             self._evaluate_untrained()
         while self.progress.step < steps and not reason:
             self._step(last=self.progress.step == steps - 1)
@@ -117,11 +122,12 @@ class _Run:
         if not stopped and self.config.trainer.export:
             self.watch.beat("export")
             self.policy.model.export(self.folder / "export")
-        if self.recorder is not None:
-            self.watch.beat("stopped" if stopped else "done")
+        self.watch.beat("stopped" if stopped else "done")
+        if self.recorder is not None and stopped:
+            self._ask_to_be_requeued(reason)
+            self.recorder.stop()
+        elif self.recorder is not None:
             self.recorder.finish()
-            if stopped:
-                self._ask_to_be_requeued(reason)
         self.parallel.barrier()  # a rank that ends with a code of its own has srun kill the others
         return stopped
 
@@ -214,7 +220,8 @@ class _Run:
 
     def _ask_to_be_requeued(self, reason: str) -> None:
         assert self.recorder is not None
-        told = f"stopped after step {self.progress.step}: {reason}; saved, exit code {EXIT_REQUEUE}"
+        saved = "saved" if self.progress.step else "nothing to save"
+        told = f"stopped after step {self.progress.step}: {reason}; {saved}, exit code {EXIT_REQUEUE}"
         self.recorder.say(told)
         (self.folder / REQUEUE_FILE).write_text(f"{told}\n", encoding="utf-8")
 

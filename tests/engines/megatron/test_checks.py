@@ -1,12 +1,13 @@
 """Bad input stops before a rank starts, with the field, the value and the remedy."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.engines.megatron.checks import check, package_problems
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.helpers import tiny_config
@@ -95,3 +96,11 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(UserError, match=r"6 ranks were started, but parallel.tensor=2 .* is 4; start 4, or change"):
         world_size(config)
+
+
+def test_trackers_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = tiny_config("logger.wandb_project=mine", "rollout.engine=trtllm")
+    told = "\n".join(package_problems(config))
+    assert "logger.wandb_project=mine: the package wandb is not installed; install it, or use null" in told
+    assert "rollout.engine=trtllm: the package tensorrt_llm is not installed" in told

@@ -23,7 +23,7 @@ from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.logger import FAILURES_FILE, METRICS_FILE, read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
-from echorl_nemo.resilience.stop import EXIT_REQUEUE
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopSignals
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, prepared_batch, tiny_config, trainer_of
 from tests.engines.megatron.test_checkpoint import RESUME, Ranks, assert_the_same_run, metrics_of, run, run_config
@@ -318,12 +318,25 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     assert not (tmp_path / "requeue").exists()
 
 
+def _asked_while_loading(config: RunConfig) -> int:
+    return run_rank(config, to_yaml(config), check(config), PLATFORM, StopSignals("SIGUSR1"))
+
+
+def test_a_signal_that_came_before_the_ranks_is_not_lost(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(1, _asked_while_loading, run_config(tmp_path)) == [EXIT_REQUEUE]
+    assert "stopped after step 0: SIGUSR1; nothing to save" in (tmp_path / "requeue").read_text()
+    assert not (tmp_path / "checkpoints").exists() and metrics_of(tmp_path) == []
+
+
 def test_a_run_ends_before_its_job_does(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_START_TIME", "1000")  # long ago
     config = run_config(tmp_path, "resilience.time_limit_minutes=5", "trainer.export=false")
     assert ranks(1, run, config) == [EXIT_REQUEUE]
-    assert "stopped after step 1: the job ends in 0 s" in (tmp_path / "requeue").read_text()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert "stopped after step 0: the job ends in 0 s" in (tmp_path / "requeue").read_text()
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(time.time() - 180 + 1))  # a step fits, or two
+    assert ranks(1, run, run_config(tmp_path, "resilience.time_limit_minutes=5", RESUME)) == [EXIT_REQUEUE]
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped after step {int(checkpoint.name[-6:])}: the job ends in" in (tmp_path / "requeue").read_text()
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tmp_path: Path, straight: Path) -> None:

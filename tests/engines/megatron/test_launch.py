@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from echorl_nemo.engines.megatron.launch import launch, outer_world
 from echorl_nemo.errors import UserError
-from echorl_nemo.resilience.config import ResilienceConfig
-from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopSignals
 from tests.engines.megatron.helpers import PLATFORM
 
 
@@ -82,15 +81,14 @@ def test_signals_go_to_every_rank(tmp_path: Path) -> None:
     """And the handlers of this process are back afterwards."""
 
     def rank() -> int:
-        stop = StopRequest(ResilienceConfig(), None)
-        stop.listen()
+        signals = StopSignals().listen()
         dist.barrier()
         if dist.get_rank() == 0:
             os.kill(os.getppid(), signal.SIGUSR1)
         deadline = time.monotonic() + 30
-        while not stop.reason() and time.monotonic() < deadline:
+        while not signals.received and time.monotonic() < deadline:
             time.sleep(0.01)
-        (tmp_path / str(dist.get_rank())).write_text(stop.reason())
+        (tmp_path / str(dist.get_rank())).write_text(signals.received)
         return EXIT_REQUEUE
 
     before = signal.getsignal(signal.SIGUSR1)

@@ -232,3 +232,46 @@ def test_without_tensorrt_llm() -> None:
         check(tiny_config(*TRTLLM))
     with pytest.raises(UserError, match="algo.tis_cap=2.0 mends the ratio .* use null, or importance=policy"):
         tiny_config("algo.importance=rollout", "algo.tis_cap=2.0")
+
+
+def _faulty_run(config: RunConfig, behaviour: Behaviour) -> tuple[str, int]:
+    """The error that ended a run, and how many engines' places were given back."""
+    with stub_trtllm.install(behaviour):
+        try:
+            run_rank(config, to_yaml(config), check(config), PLATFORM)
+        except UserError as error:
+            return str(error), len(stub_trtllm.REMOVED_PLACES)
+        return "", len(stub_trtllm.REMOVED_PLACES)
+
+
+@pytest.mark.parametrize("fault", ["dies_after", "hangs_after"])
+def test_an_engine_that_fails_is_started_again_with_the_current_weights(
+    ranks: Callable[..., list[Any]], tmp_path: Path, fault: str
+) -> None:
+    """In the middle of the second step's rollouts, at TP2: the run is the one without the failure."""
+    overrides = [
+        *TRTLLM, *LAYOUTS["TP2"], "trainer.export=false", "data.eval=null", "trainer.lr=1e-2", "trainer.steps=3",
+        "echorl.entropy_source=rollout", "rollout.trtllm.timeout_minutes=0.1",
+    ]  # fmt: skip
+    ranks(2, _faulty_run, config_of(*overrides, f"trainer.run_dir={tmp_path / 'sound'}"), Behaviour())
+    config = config_of(*overrides, f"trainer.run_dir={tmp_path / 'faulty'}")
+    ends = ranks(2, _faulty_run, config, Behaviour(**{fault: 80}))  # type: ignore[arg-type]
+    assert [end[0] for end in ends] == ["", ""] and ends[0][1] == 2
+    sound, faulty = (read_lines(tmp_path / name / METRICS_FILE) for name in ("sound", "faulty"))
+    assert [row["rollout.restarts"] for row in faulty] == [0, 1, 1]
+    for ours, expected in zip(faulty, sound, strict=True):
+        assert ours["rollout.entropy_gap"] < 1e-4
+        assert ours["loss"] == expected["loss"] and ours["reward"] == expected["reward"]
+
+
+def test_an_engine_that_fails_again_ends_the_run_with_its_log(
+    ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = tmp_path / "ray" / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "worker-7.err").write_text("CUDA error: an illegal memory access was encountered\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    config = config_of(*TRTLLM, *LAYOUTS["TP2"], "data.eval=null", f"trainer.run_dir={tmp_path / 'run'}")
+    for message, _ in ranks(2, _faulty_run, config, Behaviour(dies_after=10, faulty_engines=2)):
+        assert "failed while generating, and again after a restart: RayError: the actor died: exit code 139" in message
+        assert "== worker-7.err\nCUDA error: an illegal memory access was encountered" in message
