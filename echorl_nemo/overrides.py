@@ -17,7 +17,12 @@ def _text(value: Any) -> str:
         # in quotes everything is text, but for quotes, and backslashes before one
         return '"' + re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + (r"\"" if match[2] else ""), value) + '"'
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{_key(key)}:{_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_text, value)) + "]"
     return repr(value)
+
+
+def _key(key: str) -> str:
+    """Keys know no quotes: what has a meaning in the grammar is escaped."""
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", key)

@@ -1,6 +1,8 @@
 """The configuration of a run. `engines/*/overrides.py` put it in the words of a host."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import MISSING
@@ -288,9 +290,22 @@ class EvaluateConfig:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
 
 
+def changed(config: "RunConfig", keys: Sequence[str]) -> list[tuple[str, Any]]:
+    """Those of the dotted ``keys`` whose values are not the defaults, with the values; of a section, each of its
+    keys."""
+    found: list[tuple[str, Any]] = []
+    for key in keys:
+        value, default = (attrgetter(key)(each) for each in (config, RunConfig()))
+        if is_dataclass(value):
+            found += changed(config, [f"{key}.{spec.name}" for spec in fields(value)])
+        elif value != default:
+            found.append((key, value))
+    return found
+
+
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run is made of; one Hydra group of `conf/` for each section but `checkpoint` and `resilience`."""
+    """Everything a run is made of; one Hydra group of `conf/` for each section."""
 
     engine: str = "megatron"
     """Who trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts with launchers of their own that

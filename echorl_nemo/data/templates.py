@@ -28,7 +28,10 @@ def render(template: jinja2.Template, row: dict[str, Any], where: str, field: st
 
 
 def last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{} of ``text``, with the braces in it. Raises ValueError if there is none."""
+    r"""What stands in the last \boxed{} of ``text``, with the braces in it. Raises ValueError if there is none,
+    TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"last_boxed of {text!r}, which is no text")
     start = text.rfind(r"\boxed{")
     if start < 0:
         raise ValueError(r"no \boxed{} in the text")

@@ -1,8 +1,8 @@
 """Memory of a GPU, time and network volume of a step, by formulas that the plan shows.
 
-Upper bounds: every response is taken at its full length. Formulas use: P parameters of a rank; T, L, C, D the tensor,
-pipeline, context and data sizes; s tokens of a micro-batch on a rank; h, f, q, k widths of the residual stream,
-feed-forward, queries and keys; V vocabulary entries.
+Upper bounds: every response is taken at its full length. Formulas use: P parameters of a rank; T, L, C, D, E the
+tensor, pipeline, context, data and expert sizes; s tokens of a micro-batch on a rank; h, f, q, k widths of the residual
+stream, feed-forward, queries and keys; V vocabulary entries.
 """
 
 import math
@@ -167,8 +167,10 @@ def _rollout_memory(
 
 
 def engine_gpus(config: RunConfig) -> int:
-    """GPUs of a rollout engine of its own; vLLM is given as many as share a layer in training."""
-    return config.rollout.trtllm.tensor_parallel if config.rollout.engine == "trtllm" else config.parallel.tensor
+    """GPUs of a rollout engine of its own; vLLM, and TensorRT-LLM in NeMo-Aligner, have as many as share a layer in
+    training."""
+    own = config.rollout.engine == "trtllm" and config.engine == "megatron"
+    return config.rollout.trtllm.tensor_parallel if own else config.parallel.tensor
 
 
 def step_seconds(config: RunConfig, hf: PretrainedConfig, stages: list[StageParameters]) -> list[Item]:
@@ -203,7 +205,9 @@ def _generation_seconds(config: RunConfig, sizes: Shape, stages: list[StageParam
         weights, sharing = float(sum(2 * stage.rank for stage in stages)), layout.tensor
     else:
         sharing = engine_gpus(config)
-        engines, concurrent = max(1, gpus // sharing), sizes.rollouts
+        # NeMo-Aligner generates micro-batches of prompts; the other engines take all, and batch as memory allows
+        engines = max(1, gpus // sharing)
+        concurrent = rollout.batch_size if config.engine == "nemo_aligner" else sizes.rollouts
         weights = 2 * sum(stage.whole for stage in stages) / sharing
     each = math.ceil(sizes.rollouts / engines)
     waves = math.ceil(each / concurrent)
@@ -230,6 +234,16 @@ def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[Stag
         Item("pipeline", 0.0 if layout.pipeline == 1 else 3 * tokens * 2 * hf.hidden_size / spread, "3 x tokens x 2h"),
         Item("data", steps * 6 * stage.rank * (replicas - 1) / replicas, "optimizer steps x 6 P"),
     ]
+    passes = 4 + (1 if config.trainer.recompute == "full" else 0)
+    if layout.context > 1:
+        keys = passes * stage.layers * tokens * 4 * sizes.keys / layout.tensor * (layout.context - 1)
+        items.append(Item("context", keys, f"{passes} passes x layers x tokens x 4k/T x (C - 1)"))
+    if layout.expert > 1:
+        sent = hf.num_experts_per_tok * 2 * hf.hidden_size / spread * (layout.expert - 1) / layout.expert
+        experts = 2 * passes * stage.layers * tokens * sent
+        items.append(
+            Item("experts", experts, f"2 x {passes} passes x layers x tokens x experts of a token x 2h(E - 1)/E")
+        )
     if config.rollout.engine != "megatron":
         weights = 2 * sum(each.whole for each in stages) / engine_gpus(config)
         items.append(Item("refit", weights, "2 x all parameters / GPUs of an engine"))

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PretrainedConfig
 
 from echorl_nemo.config import CONFIG_DIR
 from echorl_nemo.engines.megatron import checks
@@ -45,6 +46,18 @@ def settle(config: RunConfig) -> list[str]:
     return [
         f"{have}, but {replicas} x parallel.data={layout.data} is {replica * layout.data}; use a divisor of {gpus} for "
         "each replica and leave parallel.data open"
+    ]
+
+
+def position_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[str]:
+    """Whether the longest prompt that the run allows, and a response, fit the model; where the prompts are not read."""
+    prompt, budget = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is None or prompt + budget <= positions:
+        return []
+    return [
+        f"data.max_prompt_tokens={prompt} and rollout.max_new_tokens={budget} are {prompt + budget} tokens, the model "
+        f"has {positions} positions; lower one"
     ]
 
 

@@ -15,6 +15,9 @@ from echorl_nemo.plan.estimate import Item, Memory, memory, network_gigabytes, s
 from echorl_nemo.plan.parameters import StageParameters, stage_parameters, total_parameters
 from echorl_nemo.schema import RunConfig
 
+COUNTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Architectures whose sizes the formulas know."""
+
 
 @dataclass
 class Plan:
@@ -62,6 +65,8 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = Tr
     plan.problems += find.static_problems(config, plan.model_type)
     if hf_config is not None:
         _count(plan, hf_config)
+    if elsewhere and hf_config is not None:
+        plan.problems += find.position_problems(config, hf_config)
     if not elsewhere:
         found, plan.inputs = find.file_problems(config, plan.parameters)
         plan.problems += found
@@ -73,6 +78,12 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = Tr
 def _count(plan: Plan, hf_config: PretrainedConfig) -> None:
     """Parameters and estimates, where the layout divides the model."""
     config = plan.config
+    if hf_config.model_type not in COUNTED:
+        plan.warnings.append(
+            f"a {hf_config.model_type} is not counted: parameters, memory, time and network volume are known of "
+            f"{', '.join(COUNTED)}"
+        )
+        return
     if uneven := layout_problems(config.parallel, hf_config):
         plan.problems += uneven
         return

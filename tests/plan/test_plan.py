@@ -39,7 +39,7 @@ def plan(*overrides: str, name: str = "echo_grpo_70b", elsewhere: bool = True) -
         ([LLAMA], (8, 4, 1, 2), 20),
         (
             ["engine=nemo_rl", "algo=nemo_rl", "rollout=vllm", "parallel.tensor=4", "parallel.pipeline=8",
-             "parallel.context=2"],
+             "parallel.context=2", "trainer.pack_tokens=16384"],
             (4, 8, 2, 1), 10,
         ),
     ],
@@ -107,6 +107,14 @@ def test_every_model_has_the_parameters_that_transformers_gives_it(model: str) -
         (["model=qwen3-30b-a3b", "parallel.sequence=false"], "parallel.sequence=false: Megatron trains a mixture of"),
         (["model=qwen3-30b-a3b", "parallel.expert=3", "parallel.tensor=1"], "parallel.expert=3: the model's 128"),
         (["parallel.expert=2"], "parallel.expert=2: the model has no experts; use 1"),
+        (["trainer.save_every=15", "trainer.eval_every=10"], "save_every=15: NeMo-Aligner saves where it evaluates"),
+        (["checkpoint.keep_last=5"], "checkpoint.keep_last=5: the NeMo-Aligner engine does not read it"),
+        (["engine=nemo_rl", "parallel.context=2"], "parallel.context=2: NeMo-RL splits packed rows alone"),
+        (["engine=nemo_rl", "algo.tis_cap=2", "algo.icepop_low=0.5", "algo.icepop_high=5"], "NeMo-RL does one of them"),
+        (["engine=nemo_rl", "algo.icepop_high=5"], "algo.icepop_high=5.0: NeMo-RL needs both bounds"),
+        (["engine=nemo_rl"], "rollout.engine=trtllm: NeMo-RL v0.7.0 does not have it; use rollout=vllm"),
+        (["engine=nemo_rl", "data.reward_timeout=3"], "data.reward_timeout=3.0: NeMo-RL does not read it"),
+        (["rollout.max_new_tokens=131000"], "are 132024 tokens, the model has 131072 positions; lower one"),
     ],
 )  # fmt: skip
 def test_each_wrong_run_has_its_message(overrides: list[str], message: str) -> None:
@@ -146,6 +154,29 @@ def test_memory_is_what_the_formulas_say(overrides: list[str], gpus: int) -> Non
     layer = tokens * (8 * 8192 + 4 * 8192 + 4 * 1024 + 6 * 28672) / tensor
     in_flight = made.config.parallel.pipeline
     assert first["activations"] == in_flight * layers * tokens * 2 * 8192 / tensor + layer
+
+
+def test_another_architecture_is_planned_without_its_sizes() -> None:
+    gpt2 = {"model_type": "gpt2", "n_layer": 8, "n_head": 8, "n_embd": 64, "vocab_size": 512}
+    made = plan(
+        *(f"+model.architecture.{name}={value}" for name, value in gpt2.items()), "model=hf", "model.path=/none",
+        "data.train=/none", "engine=megatron", "rollout.max_new_tokens=100", "data.max_prompt_tokens=100",
+        name="train",
+    )  # fmt: skip
+    assert made.problems == [] and made.parameters is None
+    assert "a gpt2 is not counted" in made.warnings[0]
+
+
+def test_the_network_of_experts_and_split_sequences() -> None:
+    made = plan(
+        "engine=nemo_rl", "algo=nemo_rl", "rollout=vllm", "model=qwen3-30b-a3b", "parallel.expert=8",
+        "parallel.context=2", "parallel.tensor=4", "parallel.pipeline=1", "trainer.pack_tokens=16384",
+    )  # fmt: skip
+    assert made.ok, made.problems
+    sent = {item.name: item.value for item in made.network}
+    tokens = 1024 * (1024 + 8192) / (2 * 8)
+    assert sent["context"] == pytest.approx(5 * 48 * tokens * 4 * 512 / 4 / 1e9)
+    assert sent["experts"] == pytest.approx(2 * 5 * 48 * tokens * 8 * 2 * 2048 / 4 * 7 / 8 / 1e9)
 
 
 def test_tensor_parallelism_over_nodes_is_a_warning() -> None:

@@ -123,7 +123,8 @@ def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list
     experts = number_of_experts(hf_config)
     wanted = [
         ("attention heads", hf_config.num_attention_heads, "parallel.tensor", tensor),
-        ("feed-forward width", hf_config.intermediate_size, "parallel.tensor", tensor),
+        # GPT-2 and its like name it otherwise, and Megatron checks it again
+        ("feed-forward width", getattr(hf_config, "intermediate_size", tensor), "parallel.tensor", tensor),
         ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
         ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
     ]

@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from echorl_nemo.overrides import override
-from echorl_nemo.schema import RunConfig
+from echorl_nemo.schema import RunConfig, changed
 
 CONFIG_NAME = "echo_grpo_actor"
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen"}
 """Architectures that NeMo 2.1's converters know (`convert_{llama,qwen2}_hf_to_nemo.py`), and TensorRT-LLM's word."""
+
+UNREAD = (
+    "rollout.check_share",
+    "trainer.timeout_minutes",
+    "logger.rollouts_every",
+    "logger.groups",
+    "checkpoint",
+    "resilience",
+)
+"""Keys that say nothing to NeMo-Aligner, which saves, and keeps checkpoints, in its own way."""
 
 
 def overrides(
@@ -41,7 +51,8 @@ def overrides(
     }
     if config.logger.wandb_project is not None:
         settings["exp_manager.wandb_logger_kwargs.project"] = config.logger.wandb_project
-    added = {f"verifier.extra.{extra.name}": extra.weight for extra in config.data.extra_rewards}
+    # one dictionary: the name of a user's function holds dots and a colon
+    added: dict[str, Any] = {"verifier.extra": {extra.name: extra.weight for extra in config.data.extra_rewards}}
     added |= {f"model.echorl.{name}": value for name, value in asdict(config.echorl).items()}
     added |= {f"model.grpo.algo.{name}": value for name, value in asdict(config.algo).items()}
     return [
@@ -53,7 +64,7 @@ def overrides(
 
 def _trainer(config: RunConfig, model_type: str) -> dict[str, Any]:
     trainer, cpu = config.trainer, config.parallel.device == "cpu"
-    every = trainer.save_every or 10
+    every = trainer.save_every or trainer.eval_every or 10
     return {
         "trainer.num_nodes": config.cluster.nodes,
         "trainer.devices": config.cluster.gpus_per_node,
@@ -144,6 +155,16 @@ def problems(config: RunConfig, model_type: str) -> list[str]:
             found.append(
                 f"{key}={value}: the NeMo-Aligner engine has no such thing; use {_null(usual)}, or engine=nemo_rl"
             )
+    found += [
+        f"{key}={value}: the NeMo-Aligner engine does not read it; leave it out, or use engine=megatron"
+        for key, value in changed(config, UNREAD)
+    ]
+    save, evaluate = config.trainer.save_every, config.trainer.eval_every
+    if save and evaluate and save % evaluate:
+        found.append(
+            f"trainer.save_every={save}: NeMo-Aligner saves where it evaluates; use a multiple of "
+            f"trainer.eval_every={evaluate}"
+        )
     return found
 
 

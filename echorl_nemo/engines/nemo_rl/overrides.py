@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echorl_nemo.overrides import override
-from echorl_nemo.schema import RunConfig
+from echorl_nemo.schema import RunConfig, changed
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "grpo": {"normalize_rewards": True, "use_leave_one_out_baseline": False},
@@ -20,6 +20,18 @@ LOSSES: dict[str, dict[str, Any]] = {
     "gspo": {"sequence_level_importance_ratios": True},
     "cispo": {"use_cispo": True},
 }
+
+UNREAD = (
+    "rollout.check_share",
+    "data.reward_timeout",
+    "data.reward_workers",
+    "trainer.timeout_minutes",
+    "logger.rollouts_every",
+    "logger.groups",
+    "checkpoint",
+    "resilience",
+)
+"""Keys that say nothing to NeMo-RL, which verifies, saves, and keeps checkpoints, in its own way."""
 
 
 def overrides(
@@ -109,9 +121,12 @@ def _policy(config: RunConfig) -> dict[str, Any]:
         # sequences are split in twice as many chunks as there are context-parallel ranks
         "make_sequence_length_divisible_by": layout.tensor * (2 * layout.context if layout.context > 1 else 1),
     }
+    settings["sequence_packing.enabled"] = trainer.pack_tokens > 0
     if trainer.pack_tokens:
-        settings |= {"sequence_packing.enabled": True, "sequence_packing.train_mb_tokens": trainer.pack_tokens}
-        settings["sequence_packing.logprob_mb_tokens"] = trainer.pack_tokens
+        settings |= {
+            "sequence_packing.train_mb_tokens": trainer.pack_tokens,
+            "sequence_packing.logprob_mb_tokens": trainer.pack_tokens,
+        }
     return {f"policy.{name}": value for name, value in settings.items()}
 
 
@@ -152,16 +167,6 @@ def _generation(config: RunConfig, stop_ids: Sequence[int]) -> dict[str, Any]:
     }
     if rollout.engine == "vllm":
         settings["vllm_cfg.tensor_parallel_size"] = config.parallel.tensor
-    elif rollout.engine == "trtllm":
-        settings |= {
-            "trtllm_cfg.async_engine": True,
-            "trtllm_cfg.precision": "bfloat16",
-            "trtllm_cfg.tensor_parallel_size": rollout.trtllm.tensor_parallel,
-            "trtllm_cfg.gpu_memory_utilization": rollout.trtllm.gpu_memory_fraction,
-            "trtllm_cfg.max_num_tokens": rollout.trtllm.max_num_tokens,
-            "trtllm_cfg.max_batch_size": rollout.batch_size,
-            "trtllm_cfg.max_model_len": config.data.max_prompt_tokens + rollout.max_new_tokens,
-        }
     return {f"policy.generation.{name}": value for name, value in settings.items()}
 
 
@@ -218,6 +223,31 @@ def untranslatable(config: RunConfig) -> list[str]:
     ):
         if value != wanted:
             found.append(f"{key}={value}: NeMo-RL has no such thing; use {wanted}, or engine=megatron")
+    found += [
+        f"{key}={value}: NeMo-RL does not read it; leave it out, or use engine=megatron"
+        for key, value in changed(config, UNREAD)
+    ]
+    if config.rollout.engine == "trtllm":
+        found.append(
+            "rollout.engine=trtllm: NeMo-RL v0.7.0 does not have it; use rollout=vllm, or its main branch with "
+            "conf/nemo_rl/grpo_70b_trtllm.yaml (docs/nemo_rl.md)"
+        )
+    if config.parallel.context > 1 and not config.trainer.pack_tokens:
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        found.append(
+            f"parallel.context={config.parallel.context}: NeMo-RL splits packed rows alone; set trainer.pack_tokens to "
+            f"{longest} or more"
+        )
+    if (algo.icepop_low is None) != (algo.icepop_high is None):
+        found.append(
+            f"algo.icepop_low={algo.icepop_low}, algo.icepop_high={algo.icepop_high}: NeMo-RL needs both bounds; give "
+            "both, or engine=megatron"
+        )
+    if algo.tis_cap is not None and algo.icepop_high is not None:
+        found.append(
+            f"algo.tis_cap={algo.tis_cap} beside algo.icepop_high={algo.icepop_high}: NeMo-RL does one of them; set "
+            "one to null, or engine=megatron"
+        )
     if algo.aggregation == "constant":
         found.append(
             "algo.aggregation=constant: NeMo-RL divides by tokens or rollouts; use token_mean or rollout_mean, or "

@@ -22,7 +22,7 @@ def settings(*changes: str, evaluate: bool = True) -> dict[str, Any]:
     config = load_config(
         "echo_grpo_70b",
         ["engine=nemo_rl", "algo=nemo_rl", "rollout=vllm", "parallel.tensor=4", "parallel.pipeline=8",
-         "parallel.context=2", "parallel.data=1", "trainer.run_dir=/shared/run", *changes],
+         "parallel.context=2", "trainer.pack_tokens=16384", "parallel.data=1", "trainer.run_dir=/shared/run", *changes],
         schema=RunConfig,
     )  # fmt: skip
     assert untranslatable(config) == []
@@ -78,7 +78,7 @@ def test_without_prompts_to_validate_with_nothing_is_validated() -> None:
         (["algo.icepop_low=0.5", "algo.icepop_high=5"], "loss_fn.truncated_importance_sampling_type", "icepop"),
         (["algo.estimator=rloo"], "grpo.use_leave_one_out_baseline", True),
         (["algo.estimator=reinforce_plus_plus"], "grpo.adv_estimator.name", "reinforce_plus_plus"),
-        (["rollout=trtllm"], "policy.generation.trtllm_cfg.max_model_len", 9216),
+        (["parallel.context=1", "trainer.pack_tokens=0"], "policy.sequence_packing.enabled", False),
         (["trainer.pack_tokens=16384"], "policy.sequence_packing.train_mb_tokens", 16384),
         (["logger.wandb_project=echo"], "logger.wandb.project", "echo"),
     ],
