@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from echorl_nemo.cli import main
 from echorl_nemo.report.logger import read_lines
@@ -38,12 +40,22 @@ def test_a_run_from_start_to_report(in_repository: Path, tmp_path: Path) -> None
     assert sorted({row["step"] for row in rollouts}) == [0, 2] and len(rollouts) == 2 * 4 * 4
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["steps"] == 3
     assert list((run / "tensorboard").glob("events*"))
-    assert (run / "checkpoints" / "step-000003").is_dir()
-    assert (run / "export" / "model.safetensors").is_file()
+    checkpoint = run / "checkpoints" / "step-000003"
+    exported = load_file(run / "export" / "model.safetensors")
+    other = cli(
+        "export", str(checkpoint), "--out", str(tmp_path / "again"), "parallel.tensor=1", "parallel.pipeline=2",
+        cwd=in_repository,
+    )  # fmt: skip
+    assert other.returncode == 0, other.stderr
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == exported.keys() and all(torch.equal(again[name], exported[name]) for name in again)
+    assert "holds files already" in cli("export", str(checkpoint), "--out", str(run), cwd=in_repository).stderr
+    wrong = cli("export", str(run), "--out", str(tmp_path / "x"), cwd=in_repository).stderr
+    assert "is no complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN" in wrong
     assert "EchoRL run" in (run / "report.html").read_text()
-    again = cli("train", "--config-name", "quickstart", f"trainer.run_dir={run}", cwd=in_repository)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: trainer.run_dir=") and "Traceback" not in again.stderr
+    second = cli("train", "--config-name", "quickstart", f"trainer.run_dir={run}", cwd=in_repository)
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: trainer.run_dir=") and "Traceback" not in second.stderr
 
 
 def test_a_learning_run_under_torchrun(in_repository: Path, tmp_path: Path) -> None:

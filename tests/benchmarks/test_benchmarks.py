@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, and run."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,3 +65,11 @@ def test_the_probes_benchmark_runs_against_the_stub(tiny_chain: Path, capsys: py
     with stub_trtllm.install(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(trtllm_probe, "TOLERANCE", -1.0)
         assert trtllm_probe.main([*command, "--repetitions=1"]) == 1
+
+
+def test_chaos_changes_no_run(in_repository: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "4", "--steps", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "4 kills" in result.stdout and "bit-equal to the uninterrupted one" in result.stdout
