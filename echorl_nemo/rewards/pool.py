@@ -82,7 +82,12 @@ def _cached_verifier(name: str) -> Verifier:
 
 
 def _verify(name: str, response: str, answer: str) -> float:
-    reward = _cached_verifier(name)(response, answer)
+    worker = os.getpid()
+    try:
+        reward = _cached_verifier(name)(response, answer)
+    finally:
+        if os.getpid() != worker:  # a copy that the verifier forked must not answer too
+            os._exit(0)
     if not isinstance(reward, (int, float)) or not math.isfinite(reward):
         raise TypeError(f"returned {reward!r}, not a finite number")
     return float(reward)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from echorl_nemo.rewards import Verdict, VerifierPool
@@ -22,6 +23,15 @@ def test_failures_are_verdicts_and_the_others_are_not_touched() -> None:
         "", "",
     ]  # fmt: skip
     assert [verdict.reward for verdict in verdicts] == [0.0 if verdict.failure else 1.0 for verdict in verdicts]
+
+
+def test_a_verifier_that_forks_answers_once() -> None:
+    pool = VerifierPool([MISBEHAVE], workers=1, timeout_seconds=10.0)
+    verdicts = pool.score([("fork", "right")] * 3 + [("fine", "right")])[MISBEHAVE]
+    assert verdicts == [Verdict(1.0)] * 4
+    copies = [grandchild for child in psutil.Process().children() for grandchild in child.children()]
+    assert [copy.status() for copy in copies if copy.status() != psutil.STATUS_ZOMBIE] == []
+    pool.close()
 
 
 def test_several_verifiers_keep_their_order() -> None:
