@@ -186,11 +186,13 @@ start_ranks() {
     local command code=0 stopping=
     mapfile -t command < "${RUN_DIR}/launch/command.txt"
     say "${SLURM_JOB_NUM_NODES} nodes x ${RANKS_PER_NODE} ranks: ${PYTHON} ${command[*]}"
+    rm -f "${RUN_DIR}/requeue"
     set_srun_command "${SLURM_JOB_NUM_NODES}" "${RANKS_PER_NODE}" "${PYTHON}" "${command[@]}"
     "${SRUN_COMMAND[@]}" &
     local ranks=$!
     trap 'stopping=USR1 signalled=1; kill -USR1 "${ranks}" || true' USR1
-    trap 'stopping=TERM signalled=1; kill -TERM "${ranks}" || true' TERM
+    # srun takes TERM for an order to kill the ranks at once
+    trap 'stopping=TERM signalled=1; kill -USR1 "${ranks}" || true' TERM
     wait_for "${ranks}" || code=$?
     # of ranks that end with a code of their own srun may kill the last
     [[ ! -e ${RUN_DIR}/requeue || ${code} == 0 ]] || code=${EXIT_REQUEUE}

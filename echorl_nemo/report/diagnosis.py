@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 WINDOW = 10
 """Steps whose mean is compared with that of the run's first steps."""
 LENGTH_GROWTH = 1.25
@@ -28,6 +30,23 @@ def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
         "response's last token: the clips may teach the policy to go on; compare echorl.span=full or a smaller "
         "echorl.coef (docs/method.md)"
     )
+
+
+def changed_settings(before: str, after: str) -> list[str]:
+    """The keys in which two configurations differ, with both values; each a YAML text as a run folder keeps it."""
+    ours, theirs = (_flat(yaml.safe_load(text)) for text in (after, before))
+    return [
+        f"{key}={theirs.get(key)} became {ours.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:

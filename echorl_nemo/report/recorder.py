@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from echorl_nemo.report.console import RunConsole
-from echorl_nemo.report.diagnosis import stop_bias_warning
+from echorl_nemo.report.diagnosis import changed_settings, stop_bias_warning
 from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig, RunLogger, read_lines
 from echorl_nemo.report.page import write_report
 from echorl_nemo.rollout.batch import RolloutBatch
@@ -19,14 +19,19 @@ class Recorder:
     def __init__(self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int) -> None:
         self.folder, self.steps = folder, steps
         self.logger = RunLogger(folder, config, first_step=first_step)
-        (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+        before = folder / CONFIG_FILE
+        changes = changed_settings(before.read_text(encoding="utf-8"), config_yaml) if before.is_file() else []
+        before.write_text(config_yaml, encoding="utf-8")
         self.console = RunConsole(steps, first_step=first_step, progress=config.progress)
         self.console.start()
+        for change in changes:
+            self.console.say(f"since the run's last attempt {change}")
         self._history = [row for row in read_lines(folder / METRICS_FILE) if "reward" in row]
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """An evaluation outside a training step."""
+    def evaluation(self, step: int, metrics: dict[str, float], failures: Sequence[dict[str, str]] = ()) -> None:
+        """An evaluation outside a training step, and the verifiers that failed."""
         self.logger.metrics(step, metrics)
+        self.logger.failures(step, failures)
         self.console.evaluation(metrics)
 
     def step(

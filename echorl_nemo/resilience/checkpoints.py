@@ -44,28 +44,40 @@ class CheckpointFolder:
 
     def publish(self, partial: Path, sums: Sums, *, accuracy: float | None) -> Path:
         """Complete ``partial``, every file of which is in ``sums`` and on the disk, and give it its name."""
-        final = self.path / partial.name.split(".partial-")[0]
+        final = _final(partial)
         write_durably(partial / MANIFEST, json.dumps({"accuracy": accuracy, "files": sums}, indent=1))
         _sync(partial)
-        self.remove(final)
-        partial.rename(final)
+        before = self._hide(final) if final.exists() else None
+        partial.rename(final)  # killed just before this: `clean` gives it its name
         _sync(self.path)
+        if before is not None:
+            _delete(before)
         return final
 
     def remove(self, checkpoint: Path) -> None:
         """Delete a folder if it is there. It loses its name first: a half-deleted checkpoint is found by nobody, and a
         writer that outlived its run puts no file into it."""
         if checkpoint.exists():
-            gone = checkpoint.with_name(f"{checkpoint.name}.partial-{secrets.token_hex(4)}")
-            checkpoint.rename(gone)
-            shutil.rmtree(gone)
+            _delete(self._hide(checkpoint))
 
     def clean(self) -> list[str]:
-        """Remove what interrupted saves left; returns the names."""
-        leftovers = sorted(self.path.glob("step-*.partial-*"))
-        for leftover in leftovers:
-            self.remove(leftover)
-        return [leftover.name for leftover in leftovers]
+        """Remove what interrupted saves left, but for one that was complete and lacked its name alone; returns what was
+        done with each."""
+        done = []
+        for leftover in sorted(self.path.glob("step-*.partial-*")):
+            final = _final(leftover)
+            if (leftover / MANIFEST).is_file() and not final.exists():
+                leftover.rename(final)
+                done.append(f"{leftover.name} was complete: it is {final.name}")
+            else:
+                self.remove(leftover)
+                done.append(f"{leftover.name} was left by an interrupted save or removal: removed")
+        return done
+
+    def _hide(self, checkpoint: Path) -> Path:
+        gone = self.path / f"{_final(checkpoint).name}.partial-{secrets.token_hex(4)}"
+        checkpoint.rename(gone)
+        return gone
 
     def set_aside(self, checkpoint: Path) -> Path:
         """Rename a damaged checkpoint, so that no run goes on from it; it is never removed."""
@@ -87,6 +99,16 @@ class CheckpointFolder:
         for path in dropped:
             self.remove(path)
         return dropped
+
+
+def _final(partial: Path) -> Path:
+    return partial.with_name(partial.name.split(".partial-")[0])
+
+
+def _delete(folder: Path) -> None:
+    """The manifest goes first: what is left after a kill is no checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def name_of(step: int) -> str:

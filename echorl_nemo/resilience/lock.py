@@ -3,12 +3,15 @@
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
 from echorl_nemo.errors import UserError
 
 LOCK_FILE = ".lock"
+RESTART_PATIENCE_SECONDS = 90.0
+"""For a job that Slurm put back: the file server may still hold the lock of a node that was lost."""
 
 
 class RunLock:
@@ -19,7 +22,7 @@ class RunLock:
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (folder / LOCK_FILE).open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(RESTART_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0)
         except (BlockingIOError, PermissionError) as error:
             self._file.seek(0)
             owner = self._file.read().strip()
@@ -36,6 +39,17 @@ class RunLock:
         job = os.environ.get("SLURM_JOB_ID")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
         self._file.flush()
+
+    def _lock(self, patience_seconds: float) -> None:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
 
     def release(self) -> None:
         self._file.close()

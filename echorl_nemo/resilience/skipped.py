@@ -1,5 +1,6 @@
 """Batches of steps that were skipped, for a person to look at."""
 
+import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def keep_batch(run_dir: Path, step: int, batch: RolloutBatch, reason: str) -> Pa
     folder = run_dir / SKIPPED_FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step + 1:06d}.pt"
-    torch.save({"reason": reason, "batch": asdict(batch)}, path)
+    content = io.BytesIO()  # on a full disk torch.save raises what says nothing of it
+    torch.save({"reason": reason, "batch": asdict(batch)}, content)
+    path.write_bytes(content.getbuffer())
     for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
         old.unlink()
     return path

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -58,10 +60,21 @@ class StopRequest:
         return 60 * self.config.time_margin_minutes + 1.5 * step + 2 * save
 
 
+@contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Whatever a library does with these signals meanwhile, as Ray does, they are this process's again afterwards."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def job_deadline(config: ResilienceConfig) -> float | None:
     """When this job ends, seconds since the epoch; None where that is not known."""
     if config.time_limit_minutes:
-        start = float(os.environ.get("SLURM_JOB_START_TIME", time.time()))
+        start = float(os.environ.get("SLURM_JOB_START_TIME") or time.time())
         return start + 60 * config.time_limit_minutes
     end = os.environ.get("SLURM_JOB_END_TIME")
     return float(end) if end else None

@@ -1,8 +1,10 @@
 """What a person looks at when a run stands still: a heartbeat file, and the stacks of every rank."""
 
 import contextlib
+import errno
 import faulthandler
 import json
+import logging
 import os
 import socket
 import threading
@@ -40,6 +42,10 @@ class Watch:
                 self._teller.daemon = True
                 self._teller.start()
 
+    def rest(self) -> None:
+        """No step is timed until the next begins."""
+        self._disarm()
+
     def beat(self, phase: str) -> None:
         """A phase begins. The main rank says so in `run_dir`/heartbeat.json."""
         if self.folder is not None and self.rank == 0:
@@ -52,8 +58,13 @@ class Watch:
                 "process": os.getpid(),
             }
             partial = self.folder / f"{HEARTBEAT_FILE}.new"
-            partial.write_text(json.dumps(beat) + "\n", encoding="utf-8")
-            partial.replace(self.folder / HEARTBEAT_FILE)
+            try:
+                partial.write_text(json.dumps(beat) + "\n", encoding="utf-8")
+                partial.replace(self.folder / HEARTBEAT_FILE)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                logging.getLogger(__name__).warning("no heartbeat: %s", error)  # no reason to end a run
 
     def close(self) -> None:
         """Stop watching; a file that nothing was written to goes."""

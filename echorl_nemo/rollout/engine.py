@@ -36,9 +36,9 @@ class TrtllmConfig:
     refit_bucket_mb: int = 1024
     """MiB of weights that travel at a time; so much more memory is needed meanwhile."""
 
-    timeout_minutes: float = 120.0
+    timeout_minutes: float = 25.0
     """How long the engine may take for one call: to start, for all rollouts of a step, for a part of the weights. Then
-    it counts as hanging, and is started again once."""
+    it counts as hanging, and is started again. Below `trainer.timeout_minutes`, which is how long other ranks wait."""
 
     max_waiting_tokens: int = 1 << 26
     """Tokens whose entropies may wait in a worker to be collected, 24 bytes each; more is an error."""

@@ -1,4 +1,4 @@
-"""A rollout engine with processes of its own, started again once if it dies or hangs."""
+"""A rollout engine with processes of its own, started again if it dies or hangs."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -6,22 +6,28 @@ from typing import TypeVar
 
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.errors import SharedError
+from echorl_nemo.resilience.stop import keeping_handlers
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.rollout.engine import EngineError, RolloutEngine, WeightSource
 
 T = TypeVar("T")
 
+MAX_RESTARTS = 3
+"""Of an attempt at a run; an engine that fails so often has a cause that a restart does not mend."""
+
 
 class RestartingEngine:
-    """See `RolloutEngine`. Every rank sees a failure, and starts the engine anew with the policy's current weights; one
-    that fails again in the same call ends the run, with the end of its log."""
+    """See `RolloutEngine`. Every rank sees a failure, and starts the engine anew with the policy's current weights. One
+    that fails again in the same call, or once too often, ends the run with the end of its log."""
 
-    def __init__(self, start: Callable[[], RolloutEngine], policy: WeightSource) -> None:
-        """``start``: gives a running engine with the weights of `model.path`; every rank calls it."""
-        self._start, self._policy = start, policy
-        self.engine = start()
+    def __init__(self, start: Callable[[], RolloutEngine], policy: WeightSource, *, tells: bool) -> None:
+        """``start``: gives a running engine with the weights of `model.path`; every rank calls it. ``tells``: true on
+        the rank that talks to people."""
+        self._start, self._policy, self._tells = start, policy, tells
         self.restarts = 0
-        """Since the run, or this attempt at it, began."""
+        """Since this attempt at the run began."""
+        with keeping_handlers():
+            self.engine = start()
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
@@ -46,17 +52,25 @@ class RestartingEngine:
         try:
             return work()
         except EngineError as failure:
-            logging.getLogger(__name__).error(
-                "the rollout engine failed while %s: %s; starting it again with the current weights", what, failure
-            )
-            self.engine.close()
+            if self.restarts == MAX_RESTARTS:
+                raise _fatal(f"failed while {what}, after {MAX_RESTARTS} restarts", failure) from failure
+            if self._tells:
+                logging.getLogger(__name__).error(
+                    "the rollout engine failed while %s: %s; starting it again with the current weights", what, failure
+                )
+            self.restarts += 1
             try:
-                self.engine = self._start()
+                self.engine.close()
+                with keeping_handlers():
+                    self.engine = self._start()
                 self.engine.update_weights(self._policy)
-                self.restarts += 1
                 return work()
             except EngineError as again:
-                raise SharedError(
-                    f"the rollout engine failed while {what}, and again after a restart: {again}; go on from the "
-                    f"newest checkpoint with trainer.resume=true\nthe end of its log:\n{again.log}"
-                ) from failure
+                raise _fatal(f"failed while {what}, and again after a restart", again) from failure
+
+
+def _fatal(what: str, failure: EngineError) -> SharedError:
+    return SharedError(
+        f"the rollout engine {what}: {failure}; go on from the newest checkpoint with trainer.resume=true\n"
+        f"the end of its log:\n{failure.log}"
+    )

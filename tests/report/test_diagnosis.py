@@ -1,6 +1,6 @@
 import pytest
 
-from echorl_nemo.report.diagnosis import stop_bias_warning
+from echorl_nemo.report.diagnosis import changed_settings, stop_bias_warning
 
 
 def history(steps: int, *, growth: float, coverage: float | None) -> list[dict[str, float]]:
@@ -23,3 +23,9 @@ def test_growing_responses_with_clips_that_do_not_stop_are_told() -> None:
 )
 def test_silence_otherwise(steps: int, growth: float, coverage: float | None) -> None:
     assert stop_bias_warning(history(steps, growth=growth, coverage=coverage)) == ""
+
+
+def test_settings_that_changed_between_attempts_are_told() -> None:
+    before, after = "trainer:\n  lr: 1.0\n  seed: 0\n", "trainer:\n  lr: 2.0\n  seed: 0\nengine: megatron\n"
+    assert changed_settings(before, after) == ["engine=None became megatron", "trainer.lr=1.0 became 2.0"]
+    assert changed_settings(after, after) == []

@@ -1,6 +1,7 @@
 """The folder of checkpoints: what is found, kept, removed and told to be damaged."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,41 @@ def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:
     publish(folder, 1)
     partial = folder.begin(2)
     (partial / "__0_0.distcp").write_bytes(b"half")
-    assert folder.clean() == [partial.name] and [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert folder.clean() == [f"{partial.name} was left by an interrupted save or removal: removed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     with pytest.raises(FileNotFoundError):  # a writer that outlived its run has nowhere to write to
         (partial / "__1_0.distcp").write_bytes(b"late")
+
+
+class KilledError(Exception):
+    """Instead of SIGKILL."""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """After so many renames; the manifest's own is not counted."""
+    folder, made, rename = CheckpointFolder(tmp_path), 0, Path.rename
+    publish(folder, 3, content=b"old")
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal made
+        if made == renames:
+            raise KilledError
+        made += 1
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    if renames == 2:
+        monkeypatch.setattr(shutil, "rmtree", lambda folder: killed(folder, folder))
+    with pytest.raises(KilledError):
+        publish(folder, 3, content=b"new")
+    monkeypatch.undo()
+    folder.clean()
+    (checkpoint,) = folder.complete()
+    assert damages(checkpoint, part=0, parts=1) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
 def test_damage_is_told_file_by_file(tmp_path: Path) -> None:

@@ -123,14 +123,15 @@ def test_three_restarts_without_progress_stop_the_job(cluster: Cluster, tmp_path
     job = submit(
         cluster, SCRIPTS[0].name, *LONG, log=log, RUN_DIR=str(run), PYTHON=str(python), PLAN_PYTHON=sys.executable
     )
-    for attempt in range(1, 4):
+    for attempt, warning in enumerate(("USR1", "TERM", "USR1"), start=1):
         until(lambda: log.exists() and log.read_text().count("ranks wait") == 2 * attempt, seconds=60, log=log)  # noqa: B023
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        cluster.run("scancel", "--batch", f"--signal={warning}", job)
         until(lambda: log.read_text().count("put back in the queue") == attempt, seconds=60, log=log)  # noqa: B023
         start_again(cluster, job, log)
     state = cluster.wait(job, "COMPLETED", "FAILED", seconds=90)
     told = log.read_text()
     assert state["JobState"] == "FAILED" and state["Restarts"] == "3", told
+    assert "TERM came, ranks ended with 1:" in told  # srun would have killed them
     assert "error: 3 restarts from the same checkpoint (none): not put back again; see the log above" in told
 
 

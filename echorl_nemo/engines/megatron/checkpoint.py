@@ -8,6 +8,7 @@ queue or cache of rollouts has to be saved. It loads at another layout; then the
 import logging
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,16 +23,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.logger import CONFIG_FILE
-from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Sums, damages, sum_files
+from echorl_nemo.resilience.checkpoints import CheckpointFolder, Sums, damages, sum_files
 from echorl_nemo.resilience.config import CheckpointConfig
 from echorl_nemo.resilience.orphans import die_with_parent
 
@@ -61,14 +71,25 @@ class Progress:
     """Fingerprint of the training data."""
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    accuracy: float | None
+    begun: float
+    """Clock reading, seconds."""
+
+
 class Checkpoints:
     """Saves and loads on every rank; each method must be called by all of them."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, parallel: Parallel) -> None:
         self.folder, self.config, self.parallel = CheckpointFolder(run_dir / "checkpoints"), config, parallel
         self._calls = AsyncCallsQueue()
-        self._pending: Callable[[], None] | None = None
-        """Publishes the checkpoint that is being written."""
+        self._pending: _Pending | None = None
+        self.longest_seconds = 0.0
+        """Of a save, from its beginning until its checkpoint was there."""
 
     def save(self, policy: MegatronPolicy, progress: Progress, config_yaml: str, *, accuracy: float | None) -> None:
         """Write a checkpoint, or begin to; see `checkpoint.asynchronous`.
@@ -76,15 +97,19 @@ class Checkpoints:
         Raises UserError where it cannot be written; those before it are untouched.
         """
         self.finish()
+        begun = time.monotonic()
         with self._explained():
             folder = Path(self._on_main(lambda: str(self._begin(progress.step, config_yaml))))
             _start_mortal_results_queue()
             policy.fill_optimizer_state()
-            request = dist_checkpointing.save(_state(policy, progress), str(folder), async_sharded_save=True)
+            # replicas share the writing of what they all hold
+            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.data_group)
+            state = _state(policy, progress, low_memory=self.config.low_memory)
+            request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
             if request.async_fn is not None:
                 write = partial(_write_and_sum, request.async_fn, folder)
                 request = request._replace(async_fn=write)
-            self._pending = partial(self._publish, folder, accuracy)
+            self._pending = _Pending(folder, accuracy, begun)
             if self.config.asynchronous:
                 self._calls.schedule_async_request(request)
                 return
@@ -113,21 +138,26 @@ class Checkpoints:
         there are checkpoints and none is sound.
         """
         say = logging.getLogger(__name__).warning
-        for name in self.parallel.of_main(self.folder.clean):
+        for done in self.parallel.of_main(self.folder.clean):
             if self.parallel.main:
-                say("checkpoints/%s was left by an interrupted save or removal: removed", name)
-        found = [Path(path) for path in self.parallel.of_main(lambda: [str(path) for path in self.folder.complete()])]
+                say("checkpoints/%s", done)
+        found = self.parallel.of_main(self.folder.complete)
+        damaged: list[Path] = []
         for checkpoint in found:
             mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
-            if not (wrong := self.parallel.share_objects(mine)):
-                return load(checkpoint, policy)
-            aside = Path(self.parallel.of_main(partial(_set_aside, self.folder, checkpoint)))
-            if self.parallel.main:
-                say("%s is damaged (%s): kept as %s, the one before it is taken", checkpoint, "; ".join(wrong), aside)
-        if found:
+            if wrong := self.parallel.share_objects(mine):
+                damaged.append(checkpoint)
+                if self.parallel.main:
+                    say("%s is damaged: %s", checkpoint, "; ".join(wrong))
+                continue
+            for aside in self.parallel.of_main(lambda: [self.folder.set_aside(path) for path in damaged]):
+                if self.parallel.main:
+                    say("%s is taken; the damaged one is kept as %s", checkpoint, aside)
+            return load(checkpoint, policy, low_memory=self.config.low_memory)
+        if others := self.parallel.of_main(lambda: sorted(path.name for path in self.folder.path.glob("step-*"))):
             raise SharedError(
-                f"{self.folder.path}: none of its {len(found)} checkpoints is sound, see above; start again in another "
-                "trainer.run_dir, or restore the folder from a copy"
+                f"{self.folder.path}: no checkpoint is sound of {', '.join(others)}; restore one from a copy, or start "
+                "again in another trainer.run_dir"
             )
         return None
 
@@ -138,23 +168,23 @@ class Checkpoints:
 
     def _settle(self) -> None:
         assert self._pending is not None
-        publish, self._pending = self._pending, None
-        self._on_main(publish)
+        pending, self._pending = self._pending, None
+        # by message, since another node's files may not show in a listing of this one yet
+        parts = self.parallel.share_objects([_take_sums(pending.folder)])
+        sums: Sums = {name: value for part in parts for name, value in part.items()}
+        self._on_main(lambda: self._publish(pending, sums))
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - pending.begun)
 
-    def _publish(self, folder: Path, accuracy: float | None) -> None:
-        """On the main rank: the checksums of what every rank wrote, and of the rest, go into the manifest."""
-        sums: Sums = {}
-        for path in folder.glob(f"*{SUMS_SUFFIX}"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                name, size, crc = line.split()
-                sums[name] = int(size), int(crc)
-            path.unlink()
-        others = {path.name for path in folder.iterdir()} - sums.keys() - {MANIFEST}
-        if unsummed := sorted(name for name in others if name.endswith(".distcp")):
+    def _publish(self, pending: "_Pending", sums: Sums) -> None:
+        """On the main rank: the checksums of what every rank wrote, and of what this one did, go into the manifest."""
+        written = FileSystemReader(pending.folder).read_metadata().storage_data.values()
+        if unsummed := sorted({entry.relative_path for entry in written} - sums.keys()):
             raise UserError(
-                f"{folder}: the process that wrote {unsummed[0]} ended before it was done, see the messages above"
+                f"{pending.folder}: the process that wrote {unsummed[0]} ended before it was done, see the messages "
+                "above"
             )
-        self.folder.publish(folder, sums | sum_files(folder, others), accuracy=accuracy)
+        own = {path.name for path in pending.folder.iterdir() if path.suffix not in (".distcp", SUMS_SUFFIX)}
+        self.folder.publish(pending.folder, sums | sum_files(pending.folder, own), accuracy=pending.accuracy)
         self.folder.retain(self.config)
 
     def _on_main(self, work: Callable[[], T]) -> T:
@@ -177,7 +207,7 @@ class Checkpoints:
             why = self.parallel.of_main(lambda: causes)
             self.parallel.of_main(self.folder.clean)
             raise SharedError(self._failure(why)) from error
-        except OSError as error:  # on this rank alone
+        except (OSError, RuntimeError) as error:  # on this rank alone; torch.save hides the first in the second
             if self.parallel.main:
                 self.folder.clean()
             raise UserError(self._failure(str(error))) from error
@@ -192,14 +222,18 @@ class Checkpoints:
         )
 
 
-def load(checkpoint: Path, policy: MegatronPolicy) -> Progress:
-    """Restore ``policy``; returns how far it had come."""
+def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
+    """Restore ``policy``; returns how far it had come. ``low_memory``: see `checkpoint.low_memory`."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     same_layout = common["layout"] == _layout()
-    state = _state(policy, Progress(), loading=True)
+    state = _state(policy, Progress(), loading=True, low_memory=low_memory)
     if not same_layout:
         del state["random"]
-    state = dist_checkpointing.load(state, str(checkpoint))
+    # replicas share the reading
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(checkpoint)), policy.parallel.data_group
+    )
+    state = dist_checkpointing.load(state, str(checkpoint), strategy)
     policy.model.module.load_state_dict(state["model"])
     policy.optimizer.load_state_dict(state["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
@@ -224,12 +258,13 @@ def load_weights(checkpoint: Path, model: PolicyModel) -> None:
     model.module.load_state_dict(state["model"])
 
 
-def _state(policy: MegatronPolicy, progress: Progress, *, loading: bool = False) -> dict[str, Any]:
+def _state(policy: MegatronPolicy, progress: Progress, *, low_memory: bool, loading: bool = False) -> dict[str, Any]:
+    metadata = {**OPTIMIZER_FORMAT, "distrib_optim_fully_reshardable_mem_efficient": low_memory}
     model = policy.model.module.sharded_state_dict()
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT),
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": policy.scheduler.state_dict(),
         "random": ShardedObject("random", None if loading else _random_states(), (world,), (rank,)),
         "progress": asdict(progress),
@@ -265,16 +300,22 @@ def _set_random_states(states: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
 
 
+def _take_sums(folder: Path) -> Sums:
+    """The checksums of what this rank wrote; it may have had nothing to write."""
+    path = folder / f"{dist.get_rank()}{SUMS_SUFFIX}"
+    if not path.is_file():
+        return {}
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    path.unlink()
+    return {name: (int(size), int(crc)) for name, size, crc in lines}
+
+
 def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *rest: Any) -> None:
     """In the process that writes: the rank's files, then the checksums of what arrived."""
     write(rank, *rest)
     sums = sum_files(folder, sorted(path.name for path in folder.glob(f"__{rank}_*")))
     lines = "".join(f"{name} {size} {crc}\n" for name, (size, crc) in sums.items())
     (folder / f"{rank}{SUMS_SUFFIX}").write_text(lines, encoding="utf-8")
-
-
-def _set_aside(folder: CheckpointFolder, checkpoint: Path) -> str:
-    return str(folder.set_aside(checkpoint))
 
 
 def _start_mortal_results_queue() -> None:

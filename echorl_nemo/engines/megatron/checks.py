@@ -167,7 +167,7 @@ def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
 def run_dir_problems(config: RunConfig) -> list[str]:
     """Whether the run folder's files would be lost."""
     run_dir = Path(config.trainer.run_dir)
-    if not (run_dir / METRICS_FILE).exists():
+    if not (run_dir / METRICS_FILE).exists() and not any((run_dir / "checkpoints").glob("step-*")):
         return []
     if not config.trainer.resume:
         return [
@@ -220,6 +220,12 @@ def rollout_problems(config: RunConfig) -> list[str]:
             problems.append(
                 "rollout.trtllm.colocated=false: weights travel as handles of memory on a GPU that trainer and engine "
                 "share, and engines elsewhere get none; use true"
+            )
+        if rollout.trtllm.timeout_minutes >= config.trainer.timeout_minutes:
+            problems.append(
+                f"rollout.trtllm.timeout_minutes={rollout.trtllm.timeout_minutes:g}: the other ranks wait for the "
+                f"engine no longer than trainer.timeout_minutes={config.trainer.timeout_minutes}; use less, or raise "
+                "that"
             )
         needs = algo.importance == "rollout" or algo.tis_cap or algo.icepop_low or algo.icepop_high
         if needs and rollout.temperature != 1.0:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.resilience.orphans import die_with_parent
-from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
 
 RankFunction = Callable[[], int]
 """Gives an exit code."""
@@ -35,11 +35,19 @@ def outer_world() -> int | None:
     return tasks if tasks > 1 else None
 
 
-def launch(function: RankFunction, world: int, platform: Platform, *, timeout_minutes: int) -> int:
+def launch(
+    function: RankFunction,
+    world: int,
+    platform: Platform,
+    *,
+    timeout_minutes: int,
+    signals: StopSignals | None = None,
+) -> int:
     """Run ``function`` on every one of ``world`` ranks with torch.distributed initialised; returns an exit code, that
     of the ranks where all ended with the same.
 
-    A rank that fails ends the others: nobody waits for the dead. SIGUSR1 and SIGTERM are passed on to the ranks.
+    A rank that fails ends the others: nobody waits for the dead. SIGUSR1 and SIGTERM are passed on to the ranks, which
+    take them with ``signals``, or end.
     """
     outer = outer_world()
     if outer is not None:
@@ -55,14 +63,17 @@ def launch(function: RankFunction, world: int, platform: Platform, *, timeout_mi
         ranks = [
             context.Process(
                 target=_child,
-                args=(function, platform, rendezvous, rank, world, timeout_minutes, parent),
+                args=(function, platform, rendezvous, rank, world, timeout_minutes, parent, signals),
                 name=f"rank {rank}",
             )
             for rank in range(world)
         ]
         with _passing_signals_on(ranks):
+            # held back until a rank listens: it would take the handler of this process, or die
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for process in ranks:
                 process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return _wait(ranks)
 
 
@@ -114,8 +125,15 @@ def _child(
     world: int,
     timeout_minutes: int,
     parent: int,
+    signals: StopSignals | None,
 ) -> None:
     die_with_parent(parent)
+    if signals is not None:
+        signals.listen()
+    else:  # not the handlers of the process that this one was forked from
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         sys.exit(_as_rank(function, platform, rendezvous, rank, world, timeout_minutes))
     except UserError as error:

@@ -45,6 +45,7 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
         world,
         platform,
         timeout_minutes=config.trainer.timeout_minutes,
+        signals=signals,
     )
 
 

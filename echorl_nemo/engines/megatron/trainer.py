@@ -80,9 +80,9 @@ class Trainer:
         with self._timed("score"):
             metrics |= self.score(batch)
         self.estimate_advantages(batch)
-        metrics |= self.select_clips(batch, step_ids)
         skipped = not_finite(batch)
         if not skipped:
+            metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):
                 update = self.policy.update(batch)
                 metrics |= update.metrics
@@ -219,7 +219,7 @@ class Trainer:
             temperature=self.config.trainer.eval_temperature,
         )
         self.rollout.sleep()
-        verify_rollouts(batch, self.verifiers, self.parallel)
+        self.failures += verify_rollouts(batch, self.verifiers, self.parallel)
         assert batch.rewards is not None
         success = (batch.rewards >= self.config.echorl.success_reward) & batch.finished
         return {
@@ -237,9 +237,11 @@ class Trainer:
 
 
 def not_finite(batch: RolloutBatch) -> str:
-    """Which of rewards, advantages and old log-probs are not finite, with the first such rollout; empty if none."""
-    for name in ("rewards", "advantages", "old_logprobs"):
+    """Which numbers of the rollouts are not finite, with the first such rollout; empty if all are."""
+    for name in ("rewards", "old_logprobs", "entropies", "reference_logprobs", "advantages"):
         values = getattr(batch, name)
+        if values is None:
+            continue
         wrong = ~values.isfinite() if values.dim() == 1 else (~values.isfinite() & batch.response_mask).any(dim=1)
         if bool(wrong.any()):
             return f"{name} of {int(wrong.sum())} rollouts are not finite, the first in row {int(wrong.nonzero()[0])}"

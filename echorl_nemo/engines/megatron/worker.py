@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import Step, Trainer
 from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.report.logger import METRICS_FILE, read_lines
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.resilience.lock import RunLock
 from echorl_nemo.resilience.skipped import keep_batch
@@ -65,6 +67,7 @@ def _train(
     stop: StopRequest,
 ) -> bool:
     watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
+    watch.step(-1)
     watch.beat("load")
     trainer = build_trainer(config, inputs, platform, parallel, watch)
     requeue = _Run(config, config_yaml, inputs, folder, trainer, stop).train()
@@ -114,6 +117,7 @@ class _Run:
         while self.progress.step < steps and not reason:
             self._step(last=self.progress.step == steps - 1)
             reason = self._reason_to_stop()
+        self.watch.rest()
         if self.progress.step > self.saved:
             self._save(None)
         self.checkpoints.finish()
@@ -165,21 +169,21 @@ class _Run:
         if done.skipped and self.recorder is not None:
             kept = keep_batch(self.folder, step, done.batch, done.skipped)
             self.recorder.say(
-                f"warning: step {step + 1} was skipped, {progress.skipped_in_a_row} in a row: {done.skipped}; its "
-                f"batch is {kept}"
+                f"warning: step {step + 1} was not finite, {progress.skipped_in_a_row} in a row, and not learnt from: "
+                f"{done.skipped}; its batch is {kept}"
             )
 
     def _give_up_after_many_skipped(self) -> None:
         if self.progress.skipped_in_a_row <= self.config.resilience.max_skipped_steps:
             return
-        count, self.progress.skipped_in_a_row = self.progress.skipped_in_a_row, 0  # whoever goes on has seen it
-        self._save(None)
+        if self.progress.step > self.saved:
+            self._save(None)
         self.checkpoints.finish()
         raise SharedError(
-            f"{count} steps in a row were not finite (resilience.max_skipped_steps="
-            f"{self.config.resilience.max_skipped_steps}): the policy is as it was before them, and saved; look at "
-            f"their batches in {self.folder / 'skipped'}, mend the cause or lower trainer.lr, and go on with "
-            "trainer.resume=true"
+            f"{self.progress.skipped_in_a_row} steps in a row were not finite (resilience.max_skipped_steps="
+            f"{self.config.resilience.max_skipped_steps}): no broken optimizer step was taken, and the policy is "
+            f"saved; look at their batches in {self.folder / 'skipped'}, mend the cause or lower trainer.lr, and go on "
+            "with trainer.resume=true"
         )
 
     def _reason_to_stop(self) -> str:
@@ -190,18 +194,22 @@ class _Run:
     def _save(self, accuracy: float | None) -> None:
         start = time.perf_counter()
         self.watch.beat("save")
+        self.trainer.rollout.sleep()  # an engine that shares the GPUs: a save takes memory
         self.checkpoints.save(self.policy, self.progress, self.config_yaml, accuracy=accuracy)
         self.saved = self.progress.step
-        self.stop.took("save", time.perf_counter() - start)
+        self.stop.took("save", max(time.perf_counter() - start, self.checkpoints.longest_seconds))
 
     def _restore(self) -> Progress:
         """Where the run goes on. Raises UserError if the training data are others than when it was saved."""
-        data = self.trainer.train_data.fingerprint
+        data = self._shared_fingerprint()
+        start = time.perf_counter()
         progress = self.checkpoints.restore(self.policy) if self.config.trainer.resume else None
         if progress is None:
-            if self.config.trainer.resume and self.parallel.main:
-                logging.getLogger(__name__).warning("%s holds no checkpoint: training from the start", self.folder)
+            self.parallel.of_main(self._refuse_to_start_over)
             return Progress(data=data)
+        self.stop.took("save", time.perf_counter() - start)  # until one is made
+        if progress.skipped_in_a_row > self.config.resilience.max_skipped_steps:
+            progress.skipped_in_a_row = 0  # whoever goes on has seen the message
         if progress.data != data and not self.config.checkpoint.accept_changed_data:
             raise SharedError(
                 f"data.train={self.config.data.train}: its prompts are not those that the run was trained on until "
@@ -213,10 +221,34 @@ class _Run:
         self.trainer.rollout.update_weights(self.policy)  # an engine of its own has started from model.path
         return progress
 
+    def _shared_fingerprint(self) -> str:
+        """Of the training data, which every rank has read by itself. Raises UserError that names a host with others."""
+        seen = self.parallel.share_objects([(self.trainer.train_data.fingerprint, socket.gethostname())])
+        for fingerprint, host in seen:
+            if fingerprint != seen[0][0]:
+                raise SharedError(
+                    f"data.train={self.config.data.train}: {seen[0][1]} reads {seen[0][0]}, {host} {fingerprint}; give "
+                    "all nodes the same file"
+                )
+        return seen[0][0]
+
+    def _refuse_to_start_over(self) -> None:
+        """Raises UserError if the folder's metrics go past the step at which a checkpoint must have been there."""
+        settings = self.config.trainer
+        if not settings.resume:
+            return
+        made = max((row["step"] + 1 for row in read_lines(self.folder / METRICS_FILE)), default=0)
+        if settings.save_every and made > 2 * settings.save_every:
+            raise UserError(
+                f"trainer.run_dir={self.folder}: {made} steps were made and no checkpoint is there; is its storage "
+                f"mounted? To start again, name another folder, or delete {METRICS_FILE}"
+            )
+        logging.getLogger(__name__).warning("%s holds no checkpoint: training from the start", self.folder)
+
     def _evaluate_untrained(self) -> None:
         self.watch.step(-1)
         if (evaluation := self.trainer.evaluate()) and self.recorder is not None:
-            self.recorder.evaluation(-1, evaluation)
+            self.recorder.evaluation(-1, evaluation, self.trainer.failures)
 
     def _ask_to_be_requeued(self, reason: str) -> None:
         assert self.recorder is not None
@@ -283,7 +315,7 @@ def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -
         vocab_size=model.config.vocab_size,
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
-    return RestartingEngine(start, policy)
+    return RestartingEngine(start, policy, tells=model.parallel.main)
 
 
 def _due(step: int, every: int) -> bool:

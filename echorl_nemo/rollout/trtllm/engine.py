@@ -8,8 +8,7 @@ Shapes: N rollouts, S positions (longest prompt and response).
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from echorl_nemo.rollout.engine import EngineError, Ranks, RolloutConfig, Weight
 from echorl_nemo.rollout.sampling import rollout_seed
 from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
 from echorl_nemo.rollout.trtllm.log import log_tail
+from echorl_nemo.rollout.trtllm.parts import Rollout, in_buckets, token_logprobs
 from echorl_nemo.rollout.trtllm.placement import placements, release
 
 T = TypeVar("T")
@@ -42,20 +42,6 @@ SHUTDOWN_SECONDS = 60
 
 class GuardError(RuntimeError):
     """Entropies of this engine cannot be trusted; another start would not help."""
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """One finished request."""
-
-    tokens: list[int]
-    """Of the response."""
-    logprobs: list[float] | None
-    statistics: Tensor
-    """[tokens, 2] nats: entropy and largest log-prob."""
-    finished: bool
-    top_logprobs: list[float] | None
-    """Of a checked request: the engine's own largest log-probs."""
 
 
 class TrtllmRolloutEngine:
@@ -112,14 +98,14 @@ class TrtllmRolloutEngine:
         self.wake()
         self._mixed, sent = True, 0
         try:
-            for bucket in _buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
+            for bucket in in_buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
                 self._send(bucket, policy.device_key)
                 sent += len(bucket)
             self._ask(lambda _: self._on_workers("echorl_refit_finish"))
             self._mixed = False
         finally:
-            if self._mixed:
-                logging.getLogger(__name__).critical("the refit failed after %d weights: %s", sent, MIXED)
+            if self._mixed and self.ranks.main:
+                logging.getLogger(__name__).error("the refit failed after %d weights", sent)
 
     def sleep(self) -> None:
         """Release the GPU memory for training, where it is shared."""
@@ -142,8 +128,11 @@ class TrtllmRolloutEngine:
             ending = threading.Thread(target=llm.shutdown, daemon=True)
             ending.start()
             ending.join(SHUTDOWN_SECONDS)
-        if self._places:
-            release(self._places)
+        if self._places and self._api is not None:
+            try:
+                release(self._places)
+            except self._api.failures as error:  # Ray itself is gone; what follows will say so
+                logging.getLogger(__name__).warning("the engine's place could not be given back: %s", error)
         self._replicas, self._places = [], []
         if self.ranks.main:
             self._loop.close()
@@ -219,7 +208,7 @@ class TrtllmRolloutEngine:
         logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
         return -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
 
-    async def _roll_out(self, rows: Sequence[tuple[Prompt, int]], seed: int, temperature: float) -> list[_Rollout]:
+    async def _roll_out(self, rows: Sequence[tuple[Prompt, int]], seed: int, temperature: float) -> list[Rollout]:
         tasks = [
             asyncio.ensure_future(self._request(number, prompt, member, seed, temperature))
             for number, (prompt, member) in enumerate(rows)
@@ -234,7 +223,7 @@ class TrtllmRolloutEngine:
                     llm, output, _ = answer
                     await llm.collective_rpc("echorl_discard", args=([output.request_id],))
             raise
-        rollouts: dict[int, _Rollout] = {}
+        rollouts: dict[int, Rollout] = {}
         for llm in self._replicas:
             mine = [(number, output) for number, (owner, output, _) in enumerate(answers) if owner is llm]
             lengths = {
@@ -275,10 +264,10 @@ class TrtllmRolloutEngine:
             await llm.collective_rpc("echorl_discard", args=([pending.request_id],))
             raise
 
-    def _rollout(self, output: Any, statistics: Tensor, *, checked: bool) -> _Rollout:
+    def _rollout(self, output: Any, statistics: Tensor, *, checked: bool) -> Rollout:
         result = output.outputs[0]
         tokens = list(result.token_ids)
-        logprobs, top = _logprobs(tokens, result.logprobs)
+        logprobs, top = token_logprobs(tokens, result.logprobs)
         if checked and top is not None:
             gap = float((statistics[:, 1] - torch.tensor(top)).abs().max()) if tokens else 0.0
             if not gap <= TOP_LOGPROB_TOLERANCE:  # NaN too
@@ -287,10 +276,10 @@ class TrtllmRolloutEngine:
                     f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens; entropies cannot be "
                     "trusted"
                 )
-        return _Rollout(tokens, logprobs, statistics, result.finish_reason == "stop", top)
+        return Rollout(tokens, logprobs, statistics, result.finish_reason == "stop", top)
 
     def _batch(
-        self, rows: Sequence[tuple[Prompt, int]], rollouts: Sequence[_Rollout], temperature: float
+        self, rows: Sequence[tuple[Prompt, int]], rollouts: Sequence[Rollout], temperature: float
     ) -> RolloutBatch:
         prompts = torch.tensor([len(prompt.tokens) for prompt, _ in rows])
         lengths = prompts + torch.tensor([len(rollout.tokens) for rollout in rollouts])
@@ -376,33 +365,3 @@ class TrtllmRolloutEngine:
             task.cancel()
             raise TimeoutError(f"no answer in {minutes:g} minutes (rollout.trtllm.timeout_minutes)")
         return task.result()
-
-
-def _logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | None, list[float] | None]:
-    """(the sampled tokens' log-probs, the largest ones), each None where they are not known.
-
-    ``given``: a number for each token, or a dictionary by token id of the top-K (and, in newer versions, the sampled
-    token).
-    """
-    if not given:
-        return ([], None) if not tokens else (None, None)
-    if isinstance(given[0], (int, float)):
-        return [float(value) for value in given], None
-    top = [max(float(entry.logprob) for entry in entries.values()) for entries in given]
-    if any(token not in entries for token, entries in zip(tokens, given, strict=True)):
-        return None, top
-    return [float(entries[token].logprob) for token, entries in zip(tokens, given, strict=True)], top
-
-
-def _buckets(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Weights in parts of about ``size`` bytes."""
-    bucket: list[tuple[str, Tensor]] = []
-    used = 0
-    for name, tensor in weights:
-        if bucket and used + tensor.nbytes > size:
-            yield bucket
-            bucket, used = [], 0
-        bucket.append((name, tensor))
-        used += tensor.nbytes
-    if bucket:
-        yield bucket

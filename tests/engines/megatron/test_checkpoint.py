@@ -59,10 +59,17 @@ def assert_the_same_run(folder: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("layout", ["TP2", "DP2"])
-def test_three_and_three_steps_are_six(ranks: Ranks, tmp_path: Path, layout: str, asynchronous: bool) -> None:
-    overrides = [*LAYOUTS[layout], "trainer.save_every=1", f"checkpoint.asynchronous={asynchronous}"]
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        ("TP2", "checkpoint.asynchronous=false"),
+        ("TP2", "checkpoint.asynchronous=true"),
+        ("DP2", "checkpoint.asynchronous=true"),
+        ("DP2", "checkpoint.low_memory=true"),
+    ],
+)
+def test_three_and_three_steps_are_six(ranks: Ranks, tmp_path: Path, layout: str, how: str) -> None:
+    overrides = [*LAYOUTS[layout], "trainer.save_every=1", how]
     ranks(2, run, run_config(tmp_path / "straight", *overrides))
     ranks(2, run_until, run_config(tmp_path / "halves", *overrides), 3)
     # what an interrupted step wrote is not counted twice

@@ -143,7 +143,10 @@ def test_a_skipped_step_is_counted_and_its_batch_kept(ranks: Ranks, tmp_path: Pa
     assert "optimizer step 1 of 2: the gradient norm is nan" in kept["reason"]
     assert kept["batch"]["tokens"].shape[0] == 16
     told = capfd.readouterr().out
-    assert "step 3/6 SKIPPED" in told and "warning: step 3 was skipped, 1 in a row: optimizer step 1 of 2" in told
+    assert (
+        "step 3/6 SKIPPED" in told
+        and "warning: step 3 was not finite, 1 in a row, and not learnt from: optimizer step 1 of 2" in told
+    )
 
 
 def test_many_in_a_row_stop_the_run_which_can_go_on(ranks: Ranks, tmp_path: Path) -> None:
@@ -156,28 +159,30 @@ def test_many_in_a_row_stop_the_run_which_can_go_on(ranks: Ranks, tmp_path: Path
     assert [row["skipped"] for row in metrics_of(tmp_path)] == [0, 1, 1, 0, 0, 0]
 
 
-def _run_with_a_bad_reward(config: RunConfig) -> tuple[int, str]:
+def _run_with_a_bad_number(config: RunConfig, name: str) -> tuple[int, str]:
     estimate, seen = Trainer.estimate_advantages, 0
 
     def broken(trainer: Trainer, batch: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == 2:
-            batch.rewards[5] = torch.inf
+            values = getattr(batch, name)
+            (values if values.dim() == 1 else values[:, batch.lengths.min() - 1])[5] = torch.inf
         estimate(trainer, batch)
 
     Trainer.estimate_advantages = broken  # type: ignore[assignment, method-assign]
     return told_by(config)
 
 
-def test_a_reward_that_is_not_finite_skips_the_step(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rewards", "entropies", "old_logprobs"])
+def test_numbers_that_are_not_finite_skip_the_step(ranks: Ranks, tmp_path: Path, name: str) -> None:
     config = run_config(tmp_path, "trainer.export=false")
     config.trainer.steps = 3
-    assert ranks(1, _run_with_a_bad_reward, config) == [(0, "")]
+    assert ranks(1, _run_with_a_bad_number, config, name) == [(0, "")]
     rows = metrics_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 1, 0] and "loss" not in rows[1]
     reason = torch.load(tmp_path / "skipped" / "step-000002.pt", weights_only=False)["reason"]
-    assert reason == "rewards of 1 rollouts are not finite, the first in row 5"
+    assert reason == f"{name} of 1 rollouts are not finite, the first in row 5"
 
 
 # ---- checkpoints
@@ -217,7 +222,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
     damage(tmp_path / "checkpoints" / "step-000004")
     ranks(2, run, run_config(tmp_path, *LAYOUTS["TP2"], SAVE, RESUME))
     told = capfd.readouterr().err
-    assert "step-000004 is damaged" in told and message in told and "the one before it is taken" in told
+    assert "step-000004 is damaged" in told and message in told and "step-000003 is taken" in told
     assert_the_same_run(tmp_path, straight)
     assert [path.name.split(".")[1][:7] for path in (tmp_path / "checkpoints").glob("step-000004.*")] == ["damaged"]
 
@@ -227,9 +232,18 @@ def test_no_run_starts_over_because_every_checkpoint_is_damaged(ranks: Ranks, tm
     for checkpoint in CheckpointFolder(tmp_path / "checkpoints").complete():
         _flip_a_bit(checkpoint)
     before = metrics_of(tmp_path)
-    for code, message in ranks(2, told_by, run_config(tmp_path, *LAYOUTS["TP2"], RESUME)):
-        assert code == -1 and "none of its 2 checkpoints is sound" in message
-    assert metrics_of(tmp_path) == before
+    for _ in range(2):  # nor at the next try
+        for code, message in ranks(2, told_by, run_config(tmp_path, *LAYOUTS["TP2"], RESUME)):
+            assert code == -1 and "no checkpoint is sound of step-000003, step-000004" in message
+        assert metrics_of(tmp_path) == before
+
+
+def test_no_run_starts_over_because_its_checkpoints_are_elsewhere(ranks: Ranks, tmp_path: Path) -> None:
+    rows = [{"step": step, "reward": 0.5} for step in range(-1, 3)]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((code, message),) = ranks(1, told_by, run_config(tmp_path, SAVE, RESUME))
+    assert code == -1 and "3 steps were made and no checkpoint is there; is its storage mounted?" in message
+    assert len(metrics_of(tmp_path)) == 4
 
 
 def _run_on_a_small_disk(config: RunConfig, limit: int) -> tuple[int, str]:
@@ -346,6 +360,19 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tm
 
 
 # ---- data, verifiers, folders
+
+
+def _with_data_of_its_own(config: RunConfig, folder: Path) -> tuple[int, str]:
+    config.data.train = str(folder / f"rank-{dist.get_rank()}.jsonl")
+    return told_by(config)
+
+
+def test_ranks_with_other_data_are_told_apart(ranks: Ranks, tmp_path: Path) -> None:
+    lines = Path(tiny_config().data.train).read_text().splitlines(keepends=True)
+    for rank in range(2):
+        (tmp_path / f"rank-{rank}.jsonl").write_text("".join(lines[rank:]))
+    for code, message in ranks(2, _with_data_of_its_own, run_config(tmp_path / "run", *LAYOUTS["TP2"]), tmp_path):
+        assert code == -1 and f"reads {len(lines)} prompts" in message and f"{len(lines) - 1} prompts" in message
 
 
 def test_a_data_file_that_shrank_is_told(ranks: Ranks, tmp_path: Path) -> None:

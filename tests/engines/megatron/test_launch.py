@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from echorl_nemo.engines.megatron.launch import launch, outer_world
 from echorl_nemo.errors import UserError
-from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopSignals
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
 from tests.engines.megatron.helpers import PLATFORM
 
 
@@ -95,6 +96,27 @@ def test_signals_go_to_every_rank(tmp_path: Path) -> None:
     assert launch(rank, 2, PLATFORM, timeout_minutes=1) == EXIT_REQUEUE
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["SIGUSR1"] * 2
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_signal_that_comes_while_ranks_start_is_not_lost(tmp_path: Path) -> None:
+    signals = StopSignals()
+
+    def rank() -> int:
+        (tmp_path / str(dist.get_rank())).write_text(signals.received)
+        return 0
+
+    def warned() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)  # blocked in `launch` while it forks, as if it came then
+        sys.exit(launch(rank, 2, PLATFORM, timeout_minutes=1, signals=signals))
+
+    signals.listen()
+    starter = multiprocessing.get_context("fork").Process(target=warned)
+    starter.start()
+    starter.join(30)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    assert starter.exitcode == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["SIGUSR1"] * 2
 
 
 def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
