@@ -24,6 +24,10 @@ else # as the Dockerfile lays them out
 fi
 
 start_run() {
+    # a warning that comes before there are ranks is heeded once the command of the moment is done
+    stopping=
+    trap 'stopping=USR1' USR1
+    trap 'stopping=TERM' TERM
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job ${SLURM_JOB_ID}: engine ${ENGINE}, config ${CONFIG}, run folder ${RUN_DIR}"
     check_settings "$@"
     mkdir -p "${RUN_DIR}"
@@ -31,6 +35,7 @@ start_run() {
     check_nodes
     make_plan "$@"
     stop_without_progress
+    [[ -z ${stopping} ]] || put_back "${stopping} came before the ranks were started"
     if [[ ${ENGINE} == nemo_rl ]]; then
         start_on_ray
     else
@@ -183,7 +188,7 @@ set_srun_command() {
 # One task for each rank. USR1, which comes before the time limit, and TERM go to the ranks, which save and end; so they
 # do by themselves before the job's end. Then the job is put back.
 start_ranks() {
-    local command code=0 stopping=
+    local command code=0
     mapfile -t command < "${RUN_DIR}/launch/command.txt"
     say "${SLURM_JOB_NUM_NODES} nodes x ${RANKS_PER_NODE} ranks: ${PYTHON} ${command[*]}"
     rm -f "${RUN_DIR}/requeue"
@@ -238,7 +243,7 @@ start_on_ray() {
     export BASE_LOG_DIR=${RUN_DIR}/ray/attempt-${SLURM_RESTART_COUNT:-0}
     mkdir -p "${BASE_LOG_DIR}"
     say "${NEMO_RL_HOME}/ray.sub: ${COMMAND}"
-    local code=0 stopping=
+    local code=0
     bash "${NEMO_RL_HOME}/ray.sub" &
     # NeMo-RL takes no signals: it ends by itself at checkpointing.checkpoint_must_save_by, and then the job is put back
     trap 'stopping=USR1 signalled=1' USR1

@@ -456,6 +456,7 @@ def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterato
     global BEHAVIOUR
     BEHAVIOUR = behaviour or Behaviour()
     AsyncLLM.created.clear()
+    REMOVED_PLACES.clear()
     modules = {name: types.ModuleType(name) for name in (
         "tensorrt_llm", "tensorrt_llm.llmapi", "tensorrt_llm.llmapi.llm_args", "tensorrt_llm._torch",
         "tensorrt_llm._torch.virtual_memory", "ray", "ray.exceptions", "ray.util", "ray.util.placement_group",

@@ -76,6 +76,7 @@ class _Pending:
     """A checkpoint that is being written."""
 
     folder: Path
+    config_yaml: str
     accuracy: float | None
     begun: float
     """Clock reading, seconds."""
@@ -99,7 +100,7 @@ class Checkpoints:
         self.finish()
         begun = time.monotonic()
         with self._explained():
-            folder = Path(self._on_main(lambda: str(self._begin(progress.step, config_yaml))))
+            folder = self._on_main(lambda: self.folder.begin(progress.step))
             _start_mortal_results_queue()
             policy.fill_optimizer_state()
             # replicas share the writing of what they all hold
@@ -109,7 +110,7 @@ class Checkpoints:
             if request.async_fn is not None:
                 write = partial(_write_and_sum, request.async_fn, folder)
                 request = request._replace(async_fn=write)
-            self._pending = _Pending(folder, accuracy, begun)
+            self._pending = _Pending(folder, config_yaml, accuracy, begun)
             if self.config.asynchronous:
                 self._calls.schedule_async_request(request)
                 return
@@ -161,11 +162,6 @@ class Checkpoints:
             )
         return None
 
-    def _begin(self, step: int, config_yaml: str) -> Path:
-        folder = self.folder.begin(step)
-        (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
-        return folder
-
     def _settle(self) -> None:
         assert self._pending is not None
         pending, self._pending = self._pending, None
@@ -183,6 +179,7 @@ class Checkpoints:
                 f"{pending.folder}: the process that wrote {unsummed[0]} ended before it was done, see the messages "
                 "above"
             )
+        (pending.folder / CONFIG_FILE).write_text(pending.config_yaml, encoding="utf-8")
         own = {path.name for path in pending.folder.iterdir() if path.suffix not in (".distcp", SUMS_SUFFIX)}
         self.folder.publish(pending.folder, sums | sum_files(pending.folder, own), accuracy=pending.accuracy)
         self.folder.retain(self.config)
