@@ -102,9 +102,10 @@ export_settings() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-    # runs stop in time for this; older Slurms do not set them
-    export SLURM_JOB_START_TIME=${SLURM_JOB_START_TIME:-$(job_time StartTime)}
-    export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(job_time EndTime)}
+    # runs stop in time for this; older Slurms set neither, and a job that this one was submitted from may have
+    SLURM_JOB_START_TIME=$(job_time StartTime)
+    SLURM_JOB_END_TIME=$(job_time EndTime)
+    export SLURM_JOB_START_TIME SLURM_JOB_END_TIME
     export GPUS_PER_NODE RUN_DIR
 }
 

@@ -359,6 +359,33 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tm
     assert_the_same_run(tmp_path, straight)
 
 
+def _slow_once(config: RunConfig) -> int:
+    step, seen = Trainer.step, 0
+
+    def slow(trainer: Trainer) -> Step:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            _stand_still()
+        return step(trainer)
+
+    Trainer.step = slow  # type: ignore[assignment, method-assign]
+    return run(config)
+
+
+def _stand_still() -> None:
+    time.sleep(8.0)
+
+
+def test_a_step_that_takes_too_long_leaves_the_stacks_of_every_rank(ranks: Ranks, tmp_path: Path, capfd: Any) -> None:
+    config = run_config(tmp_path, *LAYOUTS["TP2"], "resilience.step_limit_minutes=0.08", "trainer.export=false")
+    config.trainer.steps = 3
+    assert ranks(2, _slow_once, config) == [0, 0]
+    for rank in range(2):
+        assert "in _stand_still" in (tmp_path / "stacks" / f"rank-{rank:04d}.txt").read_text()
+    assert "step 2 takes longer than 0.08 minutes" in capfd.readouterr().out
+
+
 # ---- data, verifiers, folders
 
 
