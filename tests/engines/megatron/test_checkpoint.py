@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from echorl_nemo.config import to_yaml
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.worker import run_rank
+from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.logger import METRICS_FILE, ROLLOUTS_FILE, read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
@@ -35,6 +37,16 @@ def run(config: RunConfig) -> int:
     """On a rank: train to the end."""
     logging.basicConfig(level=logging.WARNING, force=True)  # to standard error, as outside pytest
     return run_rank(config, to_yaml(config), check(config), PLATFORM)
+
+
+def told_by(config: RunConfig) -> tuple[int, str]:
+    """On a rank: the exit code of a run, or -1 and the error that ended it, which every rank has."""
+    try:
+        return run(config), ""
+    except UserError as error:
+        if dist.get_world_size() > 1 and not isinstance(error, SharedError):
+            raise
+        return -1, str(error)
 
 
 def run_until(config: RunConfig, steps: int) -> None:
@@ -142,7 +154,7 @@ def _random_numbers(config: RunConfig) -> tuple[list[float], list[float]]:
 
     trainer = trainer_of(config)
     checkpoints = Checkpoints(Path(config.trainer.run_dir), config.checkpoint, trainer.parallel)
-    random.seed(torch.distributed.get_rank())
+    random.seed(dist.get_rank())
     checkpoints.save(trainer.policy, Progress(1), "", accuracy=None)
     before = draw()
     draw()
