@@ -70,9 +70,7 @@ def _train(
     watch.step(-1)
     watch.beat("load")
     trainer = build_trainer(config, inputs, platform, parallel, watch)
-    requeue = _Run(config, config_yaml, inputs, folder, trainer, stop).train()
-    watch.close()
-    return requeue
+    return _Run(config, config_yaml, inputs, folder, trainer, stop).train()
 
 
 @contextmanager
@@ -127,6 +125,7 @@ class _Run:
             self.watch.beat("export")
             self.policy.model.export(self.folder / "export")
         self.watch.beat("stopped" if stopped else "done")
+        self.watch.close()
         if self.recorder is not None and stopped:
             self._ask_to_be_requeued(reason)
             self.recorder.stop()
