@@ -73,7 +73,9 @@ class Chaos:
             asynchronous = bool(self.runs % 2)
             config = self._config(self.folder / f"run-{self.runs}", asynchronous=asynchronous)
             self._to_the_end(config, kills)
-            _compare(Path(config.trainer.run_dir), straight)
+            run_dir = Path(config.trainer.run_dir)
+            assert_same_run(run_dir, straight)
+            assert not _partial(run_dir), f"{run_dir}: {_partial(run_dir)}"
             self.runs += 1
 
     def _to_the_end(self, config: RunConfig, kills: int) -> None:
@@ -146,18 +148,19 @@ def _newest_sound(run_dir: Path, before: int) -> int:
     return newest
 
 
-def _compare(run_dir: Path, straight: Path) -> None:
-    """Raises AssertionError where a finished run is not the uninterrupted one."""
-    for ours, theirs in zip(_metrics(run_dir), _metrics(straight), strict=True):
+def assert_same_run(run_dir: Path, straight: Path) -> None:
+    """Raises AssertionError where a finished run is not the uninterrupted one: bit-equal metrics, rollouts and
+    weights."""
+    for ours, theirs in zip(metrics_of(run_dir), metrics_of(straight), strict=True):
         assert ours == theirs, f"{run_dir}: {ours} is not {theirs}"
     assert read_lines(run_dir / ROLLOUTS_FILE) == read_lines(straight / ROLLOUTS_FILE), f"{run_dir}: other rollouts"
     weights, expected = (load_file(folder / "export" / "model.safetensors") for folder in (run_dir, straight))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights), f"{run_dir}: other weights"
-    assert not list(_partial(run_dir)), f"{run_dir}: {list(_partial(run_dir))}"
 
 
-def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run's steps gave, but for what the clock says."""
     clock = ("time.", "tokens_per_second")
     return [
         {name: value for name, value in row.items() if not name.startswith(clock)}

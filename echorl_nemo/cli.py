@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.errors import UserError, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,13 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "export": _export,
                        "report": _report}  # fmt: skip
         return commands_of[options.command](options)
-    except SharedError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 1
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        tell(error, rank=int(os.environ.get("RANK", "0")))
         return 1
 
 
@@ -84,9 +79,7 @@ def _plan(options: argparse.Namespace) -> int:
     from echorl_nemo.schema import RunConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
-    plan = make_plan(
-        config, elsewhere=options.elsewhere, packages=not (options.elsewhere or options.packages_elsewhere)
-    )
+    plan = make_plan(config, elsewhere=options.elsewhere, packages=not options.packages_elsewhere)
     if options.json:
         print(json.dumps(as_json(plan), indent=1))
     else:

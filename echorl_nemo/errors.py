@@ -1,6 +1,7 @@
 """Errors that a user can mend."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 
 
@@ -10,6 +11,15 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """The same on every rank, so that the main one alone tells it."""
+
+
+def tell(error: UserError, *, rank: int) -> None:
+    """Print an error on standard error, for a person: a list of problems one a line, what every rank has once."""
+    if not isinstance(error, SharedError):
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    elif rank == 0:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def nearest(key: str, keys: Sequence[str]) -> str:

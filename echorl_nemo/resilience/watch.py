@@ -1,7 +1,6 @@
 """What a person looks at when a run stands still: a heartbeat file, and the stacks of every rank."""
 
 import contextlib
-import errno
 import faulthandler
 import json
 import logging
@@ -11,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 from typing import IO
+
+from echorl_nemo.resilience.disk import is_full
 
 HEARTBEAT_FILE = "heartbeat.json"
 STACKS_FOLDER = "stacks"
@@ -62,7 +63,7 @@ class Watch:
                 partial.write_text(json.dumps(beat) + "\n", encoding="utf-8")
                 partial.replace(self.folder / HEARTBEAT_FILE)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_full(error):
                     raise
                 logging.getLogger(__name__).warning("no heartbeat: %s", error)  # no reason to end a run
 

@@ -1,7 +1,7 @@
 """Verifiers: (response, reference answer) to a reward, 1.0 for a verified success."""
 
 from echorl_nemo.rewards.exact import exact_line
-from echorl_nemo.rewards.pool import Verdict, VerifierPool
+from echorl_nemo.rewards.pool import TIMED_OUT, Verdict, VerifierPool
 from echorl_nemo.rewards.verifiers import Verifier, find_verifier
 
-__all__ = ["Verdict", "Verifier", "VerifierPool", "exact_line", "find_verifier"]
+__all__ = ["TIMED_OUT", "Verdict", "Verifier", "VerifierPool", "exact_line", "find_verifier"]

@@ -14,6 +14,9 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier
 
+TIMED_OUT = "timed out"
+"""How the failure of a verifier that took too long begins."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -62,7 +65,7 @@ class VerifierPool:
         try:
             return Verdict(future.result())
         except FutureTimeoutError:
-            return Verdict(0.0, f"timed out after {self._timeout} s")
+            return Verdict(0.0, f"{TIMED_OUT} after {self._timeout} s")
         except ProcessExpired as error:
             return Verdict(0.0, f"crashed with exit code {error.exitcode}")
         except Exception as error:  # noqa: BLE001  whatever a user's verifier raises is a failed verdict, and counted

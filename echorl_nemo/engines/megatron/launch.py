@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from echorl_nemo.engines.megatron.platform import Platform
-from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.errors import UserError, tell
 from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
 
@@ -137,8 +137,7 @@ def _child(
     try:
         sys.exit(_as_rank(function, platform, rendezvous, rank, world, timeout_minutes))
     except UserError as error:
-        if rank == 0 or not isinstance(error, SharedError):
-            print(f"error: {error}", file=sys.stderr)
+        tell(error, rank=rank)
         sys.exit(1)
 
 

@@ -172,7 +172,11 @@ class MegatronPolicy(MegatronScorer):
         return {**metrics, "grad_norm": float(grad_norm), "lr": learning_rate}
 
     def _refuse_broken_gradients(self) -> None:
-        """Raise NotFiniteError before Megatron's step, which would write what it gets into the weights."""
+        """Raise NotFiniteError before Megatron's step, which would write what it gets into the weights.
+
+        That step counts the norm again: one more pass over the rank's part of the gradients, so that clipping and the
+        step itself stay Megatron's.
+        """
         found = self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         if found or not math.isfinite(grad_norm):

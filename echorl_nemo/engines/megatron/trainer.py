@@ -22,7 +22,7 @@ from echorl_nemo.grpo import (
     overlong_penalty,
 )
 from echorl_nemo.resilience.watch import Watch
-from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rewards import TIMED_OUT, VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
 from echorl_nemo.rollout.restart import RestartingEngine
@@ -92,7 +92,7 @@ class Trainer:
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {
             "verify.failures": float(len(self.failures)),
-            "verify.timeouts": float(sum(failure["failure"].startswith("timed out") for failure in self.failures)),
+            "verify.timeouts": float(sum(failure["failure"].startswith(TIMED_OUT) for failure in self.failures)),
             "time.step": elapsed,
             "tokens_per_second": generated / elapsed,
         }

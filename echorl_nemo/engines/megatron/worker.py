@@ -1,11 +1,8 @@
 """What each rank of a run does."""
 
-import errno
 import logging
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +19,12 @@ from echorl_nemo.engines.megatron.trainer import Step, Trainer
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.logger import METRICS_FILE, read_lines
 from echorl_nemo.report.recorder import Recorder
+from echorl_nemo.resilience.disk import full_disk_explained
 from echorl_nemo.resilience.lock import RunLock
 from echorl_nemo.resilience.skipped import keep_batch
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals, job_deadline
 from echorl_nemo.resilience.watch import Watch
-from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rewards import TIMED_OUT, VerifierPool
 from echorl_nemo.rollout.engine import RolloutEngine
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
@@ -50,41 +48,15 @@ def run_rank(
     folder = Path(parallel.of_main(lambda: config.trainer.run_dir))
     lock: list[RunLock] = []
     parallel.of_main(lambda: lock.append(RunLock(folder)))
-    with _full_disk_explained(folder):
-        requeue = _train(config, config_yaml, inputs, platform, parallel, folder, stop)
+    with full_disk_explained(folder):
+        watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
+        watch.step(-1)
+        watch.beat("load")
+        trainer = build_trainer(config, inputs, platform, parallel, watch)
+        requeue = _Run(config, config_yaml, inputs, folder, trainer, stop).train()
     for held in lock:
         held.release()
     return EXIT_REQUEUE if requeue else 0
-
-
-def _train(
-    config: RunConfig,
-    config_yaml: str,
-    inputs: Inputs,
-    platform: Platform,
-    parallel: Parallel,
-    folder: Path,
-    stop: StopRequest,
-) -> bool:
-    watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
-    watch.step(-1)
-    watch.beat("load")
-    trainer = build_trainer(config, inputs, platform, parallel, watch)
-    return _Run(config, config_yaml, inputs, folder, trainer, stop).train()
-
-
-@contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    """Metrics, rollouts, the heartbeat: whatever cannot be written, the remedy is the same."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"trainer.run_dir={folder}: {error}; make room, then go on from its newest checkpoint with "
-            "trainer.resume=true"
-        ) from error
 
 
 class _Run:
@@ -160,7 +132,7 @@ class _Run:
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
         progress.skipped_steps += bool(done.skipped)
         for failure in self.trainer.failures:
-            if failure["failure"].startswith("timed out"):
+            if failure["failure"].startswith(TIMED_OUT):
                 timeouts = progress.verifier_timeouts
                 timeouts[failure["prompt"]] = timeouts.get(failure["prompt"], 0) + 1
                 failure["timeouts"] = str(timeouts[failure["prompt"]])

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
+from benchmarks.chaos import assert_same_run, metrics_of
 from echorl_nemo.config import to_yaml
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.report.logger import METRICS_FILE, ROLLOUTS_FILE, read_lines
+from echorl_nemo.report.logger import METRICS_FILE
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config
@@ -55,20 +55,10 @@ def run_until(config: RunConfig, steps: int) -> None:
     run(config)
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """What a run's steps gave, but for what the clock says."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith("time") and name != "tokens_per_second"}
-        for row in read_lines(folder / METRICS_FILE)
-    ]
-
-
 def assert_the_same_run(folder: Path, other: Path) -> None:
-    """Bit-equal metrics, rollouts and final weights."""
-    assert metrics_of(folder) == metrics_of(other) and len(metrics_of(folder)) == 6
-    assert read_lines(folder / ROLLOUTS_FILE) == read_lines(other / ROLLOUTS_FILE)
-    ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (folder, other))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    """Bit-equal metrics, rollouts and final weights, of six steps."""
+    assert_same_run(folder, other)
+    assert len(metrics_of(folder)) == 6
 
 
 @pytest.mark.parametrize(

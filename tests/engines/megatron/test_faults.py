@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from benchmarks.chaos import metrics_of
 from echorl_nemo.config import to_yaml
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.trainer import Step, Trainer
@@ -27,7 +28,6 @@ from tests.engines.megatron.test_checkpoint import (
     RESUME,
     Ranks,
     assert_the_same_run,
-    metrics_of,
     run,
     run_config,
     told_by,

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.chaos import metrics_of
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, prepared_batch, tiny_config, trainer_of
-from tests.engines.megatron.test_checkpoint import RESUME, Ranks, metrics_of, run_config, told_by
+from tests.engines.megatron.test_checkpoint import RESUME, Ranks, run_config, told_by
 
 SAVE = "trainer.save_every=1"
 
