@@ -33,7 +33,8 @@ from safetensors.torch import load_file
 from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries, train
-from echorl_nemo.report.logger import METRICS_FILE, ROLLOUTS_FILE, read_lines
+from echorl_nemo.report.config import METRICS_FILE, ROLLOUTS_FILE
+from echorl_nemo.report.logger import read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder, damages, step_of
 from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.resilience.watch import HEARTBEAT_FILE

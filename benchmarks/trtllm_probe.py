@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echorl_nemo.data.tokenizer import Tokenizer
-from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
+from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 
 TOLERANCE = 1e-3

@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from echorl_nemo.errors import UserError, tell
+from echorl_nemo.errors import UserError, print_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,23 +63,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
                        "report": _report}  # fmt: skip
         return commands_of[options.command](options)
     except UserError as error:
-        tell(error, rank=int(os.environ.get("RANK", "0")))
+        # every rank of torchrun or srun finds the same: one of each node says so
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 1
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from echorl_nemo.config import load_config
+    from echorl_nemo.schema import RunConfig
+
+    config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
     from rich.console import Console
 
-    from echorl_nemo.config import load_config
     from echorl_nemo.engines.megatron.run import quiet_libraries
 
     quiet_libraries()  # before Megatron is imported
     from echorl_nemo.plan.launch import train_arguments, write_launch
     from echorl_nemo.plan.run import as_json, make_plan, print_problems
     from echorl_nemo.plan.table import print_plan
-    from echorl_nemo.schema import RunConfig
 
-    config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
     plan = make_plan(config, elsewhere=options.elsewhere, packages=not options.packages_elsewhere)
     if options.json:
         print(json.dumps(as_json(plan), indent=1))
@@ -92,11 +99,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from echorl_nemo.resilience.stop import StopSignals
-
-    signals = StopSignals().listen()  # before the libraries are imported, which takes its time
     from echorl_nemo.config import load_config, to_yaml
-    from echorl_nemo.engines.megatron.run import train
     from echorl_nemo.schema import RunConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
@@ -108,25 +111,31 @@ def _train(options: argparse.Namespace) -> int:
             f"engine={config.engine}: `train` is the native engine's; start a host by slurm/, or by the command that "
             "`echorl-nemo plan --launch DIR` writes"
         )
+    from echorl_nemo.resilience.stop import StopSignals
+
+    signals = StopSignals().listen()  # before the libraries are imported, which takes its time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # until the ranks start there is nothing to save
+    from echorl_nemo.engines.megatron.run import train
+
     return train(config, to_yaml(config), signals)
 
 
 def _examine(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
-    from echorl_nemo.engines.megatron.run import analyze, evaluate
     from echorl_nemo.schema import EvaluateConfig
 
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=EvaluateConfig)
     if options.cfg:
         print(to_yaml(config).rstrip())
         return 0
+    from echorl_nemo.engines.megatron.run import analyze, evaluate
+
     return evaluate(config) if options.command == "evaluate" else analyze(config)
 
 
 def _export(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config
-    from echorl_nemo.engines.megatron.run import export
-    from echorl_nemo.report.logger import CONFIG_FILE
+    from echorl_nemo.report.config import CONFIG_FILE
     from echorl_nemo.schema import RunConfig
 
     name = Path(CONFIG_FILE).stem
@@ -135,6 +144,8 @@ def _export(options: argparse.Namespace) -> int:
             f"{options.checkpoint}: no checkpoint, it has no {CONFIG_FILE}; name run_dir/checkpoints/step-NNNNNN"
         )
     config = load_config(name, options.overrides, options.checkpoint, schema=RunConfig)
+    from echorl_nemo.engines.megatron.run import export
+
     code = export(config, options.checkpoint, options.out)
     if code == 0:
         print(options.out)
@@ -142,7 +153,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from echorl_nemo.report.logger import REPORT_FILE
+    from echorl_nemo.report.config import REPORT_FILE
     from echorl_nemo.report.page import write_report
 
     path = options.out or options.run_dirs[0] / REPORT_FILE

@@ -1,5 +1,6 @@
 """From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -10,9 +11,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from echorl_nemo.errors import UserError, nearest
 from echorl_nemo.schema import EvaluateConfig, RunConfig
@@ -37,31 +39,30 @@ def load_config(
 
     ``config_dir``: a folder of one's own, searched before the shipped `conf/`.
 
-    Raises UserError that names the key, the value and the remedy.
+    Raises UserError with every problem, one a line: each names the key, the value and the remedy.
     """
+    name = name.removesuffix(".yaml")
     folders = [CONFIG_DIR] if config_dir is None else [config_dir.resolve(), CONFIG_DIR]
     names = {path.stem: folder for folder in reversed(folders) for path in folder.glob("*.yaml")}
     if name not in names:
         raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
     keys = known_keys(schema)
-    free = free_keys(schema)
-    _check_override_keys(overrides, folders, keys, free)
+    parsed, problems = _parse(overrides, names)
+    problems += _key_problems(parsed, folders, keys, free_keys(schema))
+    if problems:
+        raise UserError("\n".join(problems))
     others = ",".join(f"file://{folder}" for folder in folders if folder != names[name])
     search: list[str] = [f"hydra.searchpath=[{others}]"] if others else []
     try:
         with initialize_config_dir(str(names[name]), version_base="1.3"):
-            composed = compose(name, overrides=[*overrides, *search])
-        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise UserError(f"config {name}: {', '.join(missing)} must be given, as {missing[0]}=... or in the file")
-        return cast(ConfigT, OmegaConf.to_object(merged))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"config {name}: {_explain(error, keys)}") from error
+            merged, problems = _compose_all(name, parsed, search, schema, keys)
     except yaml.YAMLError as error:
         raise UserError(f"config {name}: not YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # from a section's __post_init__, which names field, value and remedy
-        raise UserError(str(error)) from error
+    if merged is not None:
+        config = _instantiate(merged, schema, f"config {name}", problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return cast(ConfigT, config)
 
 
 def to_yaml(config: RunConfig | EvaluateConfig) -> str:
@@ -90,35 +91,156 @@ def free_keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_override_keys(
-    overrides: Sequence[str], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
-) -> None:
-    """Hydra advises `+key` for a key that it does not know; here that is right for the entries of ``free`` alone."""
+def _parse(overrides: Sequence[str], names: dict[str, Path]) -> tuple[list[Override], list[str]]:
+    """The overrides that Hydra's grammar knows, and for each other one what was expected."""
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for override in overrides:
+        try:
+            parsed += parser.parse_overrides([override])
+        except HydraException:
+            problems.append(_explain_override(override, names))
+        else:
+            if parsed[-1].is_sweep_override():
+                problems.append(
+                    f"{override}: several values; a run has one of each key: start a run for each, or quote the value "
+                    f"if it is one text: '{_quoted(override)}'"
+                )
+    return parsed, problems
+
+
+def _explain_override(override: str, names: dict[str, Path]) -> str:
+    """What is wrong with an argument that is no override."""
+    key, equals, _ = override.partition("=")
+    if not equals and key.removesuffix(".yaml") in names:
+        return f"{override}: an argument is key=value; to choose a configuration use --config-name {key}"
+    if not equals and re.fullmatch(r"[\w.+~@/]+\s+\S.*", key):
+        first, rest = key.split(None, 1)
+        return f"{override}: an argument is key=value; use {first}={rest}"
+    if not equals:
+        return f"{override}: an argument is key=value, as in echorl.coef=0.3"
+    if not re.fullmatch(r"[~+]{0,2}[\w.@/-]+", key):
+        return f"{override}: {key!r} is no key; keys are words joined by dots, as in echorl.coef=0.3"
+    return f"{override}: the value has characters of Hydra's syntax; quote it twice: '{_quoted(override)}'"
+
+
+def _quoted(override: str) -> str:
+    key, _, value = override.partition("=")
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value.strip("\"'"))
+    return f'{key}="{escaped}"'
+
+
+def _key_problems(
+    parsed: Sequence[Override], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
+) -> list[str]:
+    """Hydra advises `+key` for a key that it does not know; here that is right for the entries of ``free`` only."""
     groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"overrides {list(overrides)}: {_explain(error, keys)}") from error
+    problems = []
     for override in parsed:
         key = override.key_or_group
         if parent := next((name for name in free if key == name or key.startswith(f"{name}.")), None):
             if key == parent or not override.is_add():
-                raise UserError(f"{override.input_line}: entries of {parent} are added one by one, +{parent}.key=value")
+                problems.append(f"{override.input_line}: entries of {parent} are added one by one, +{parent}.key=value")
         elif key not in groups and key not in keys:
-            raise UserError(f"{override.input_line}: no such key; {nearest(key, keys)}")
+            problems.append(f"{override.input_line}: no such key; {nearest(key, keys)}")
+        elif key in groups and not (options := _options(directories, key)) >= {str(override.value())}:
+            near = nearest(str(override.value()), sorted(options))
+            problems.append(f"{override.input_line}: no such choice; {near} There are {', '.join(sorted(options))}")
+        elif override.is_add() and not override.is_force_add():
+            problems.append(f"{override.input_line}: the key is there already; leave out the +, {key}=...")
+        elif override.is_delete():
+            problems.append(f"{override.input_line}: a key is not deleted; give its value, {key}=...")
+    return problems
+
+
+def _options(directories: Sequence[Path], group: str) -> set[str]:
+    return {path.stem for directory in directories for path in (directory / group).glob("*.yaml")}
+
+
+def _compose_all(
+    name: str, parsed: Sequence[Override], search: list[str], schema: type[ConfigT], keys: Sequence[str]
+) -> tuple[DictConfig | None, list[str]]:
+    """The merged configuration without the overrides whose values have a wrong type, and a problem for each of them;
+    None if the files themselves are wrong."""
+    left: list[Override] = list(parsed)
+    problems: list[str] = []
+    while True:
+        merged, error = _try_compose(name, left, search, schema)
+        if error is None:
+            return merged, problems
+        wrong = next((each for each in reversed(left) if each.key_or_group == _key_of(error)), None)
+        if wrong is None:  # an entry of a list or dictionary: the override without which there is no error
+            rest = ((each, [other for other in left if other is not each]) for each in left)
+            wrong = next((each for each, others in rest if _try_compose(name, others, search, schema)[1] is None), None)
+        if wrong is None:
+            return None, [*problems, f"config {name}: {_explain(error, keys)}"]
+        problems.append(f"{wrong.input_line}: {_words(error)}")
+        left = [each for each in left if each is not wrong]
+
+
+def _try_compose(
+    name: str, overrides: Sequence[Override], search: list[str], schema: type[ConfigT]
+) -> tuple[DictConfig | None, Exception | None]:
+    try:
+        composed = compose(name, overrides=[*(str(each.input_line) for each in overrides), *search])
+        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        return None, error
+    assert isinstance(merged, DictConfig)
+    return merged, None
+
+
+def _instantiate(node: Any, schema: Any, where: str, problems: list[str]) -> Any:
+    """The dataclass of a section; adds to ``problems`` what its checks find, and goes on."""
+    values = {}
+    for spec in fields(schema):
+        try:
+            if is_dataclass(spec.type):
+                values[spec.name] = _instantiate(node[spec.name], spec.type, where, problems)
+            else:
+                value = node[spec.name]
+                values[spec.name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        except MissingMandatoryValue as error:
+            key = _key_of(error)
+            problems.append(f"{where}: {key} must be given, as {key}=... or in the file")
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+            problems.append(f"{where}: {_key_of(error)}: {_words(error)}")
+        except ValueError as error:  # of an element of a list or dictionary
+            problems += str(error).splitlines()
+    try:
+        return schema(**values)
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def _key_of(error: BaseException) -> str:
+    """The key that an error of Hydra or OmegaConf is about; empty if it names none."""
+    cause: BaseException | None = error
+    found = ""
+    while cause is not None:
+        found = str(getattr(cause, "full_key", None) or "") or found
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 def _explain(error: BaseException, keys: Sequence[str]) -> str:
     """Hydra's and OmegaConf's own words on one line, with the nearest valid key where a key was not known."""
-    cause: BaseException | None = error
-    where = ""
-    while cause is not None:
-        key = getattr(cause, "full_key", None)
-        if key and key not in keys:
-            return f"{key}: no such key; {nearest(key, keys)}"
-        where = f"{key}: " if key else where
-        cause = cause.__cause__ or cause.__context__
+    key = _key_of(error)
+    if key and key not in keys:
+        return f"{key}: no such key; {nearest(key, keys)}"
+    return (f"{key}: " if key else "") + _words(error)
+
+
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+
+
+def _words(error: BaseException) -> str:
+    """What Hydra and OmegaConf say, on one line; a wrong type in plain words."""
     words = [str(error), str(error.__cause__ or "")]
-    return where + " ".join(
-        " ".join(text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words).split()
-    )
+    joined = " ".join(words)
+    if found := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", joined, re.DOTALL):
+        return f"{found[1]!r} is not {KINDS.get(found[2], found[2])}"
+    if "is not Optional" in joined:
+        return "null is not allowed; give a value"
+    short = [text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words]
+    return " ".join(" ".join(short).split())

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can correct."""
 
 import difflib
 import sys
@@ -10,16 +10,13 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """The same on every rank, so that the main one alone tells it."""
+    """The same on every rank."""
 
 
-def tell(error: UserError, *, rank: int) -> None:
-    """Print an error on standard error, for a person: a list of problems one a line, what every rank has once."""
-    if not isinstance(error, SharedError):
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+def print_error(error: UserError) -> None:
+    """Print an error on standard error, for a person: a list of problems one a line."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
 
 
 def nearest(key: str, keys: Sequence[str]) -> str:

@@ -7,31 +7,37 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from echorl_nemo.data.prompts import DataConfig
+from echorl_nemo.data.config import DataConfig
 from echorl_nemo.echo import EchoRLConfig
-from echorl_nemo.echo.config import STEP_REDUCTIONS
+from echorl_nemo.echo.config import STEP_REDUCTIONS, boundary_problems
 from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import AlgoConfig
-from echorl_nemo.report.logger import LoggerConfig
+from echorl_nemo.ops.ranges import check_fields, number, word
+from echorl_nemo.report.config import LoggerConfig
 from echorl_nemo.resilience.config import CheckpointConfig, ResilienceConfig
-from echorl_nemo.rollout.engine import RolloutConfig
+from echorl_nemo.rollout.config import RolloutConfig
 
 ENGINES = ("megatron", "nemo_aligner", "nemo_rl")
 RECOMPUTE = ("none", "selective", "full")
+VERIFY = ("auto", "off")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(kw_only=True)
 class LayoutConfig:
     """A model's default layout on a number of GPUs; replicas take what is left of them."""
 
-    tensor: int = 1
+    tensor: int = number(1, "[1, 65536]")
     """As `parallel.tensor`."""
 
-    pipeline: int = 1
+    pipeline: int = number(1, "[1, 65536]")
     """As `parallel.pipeline`."""
 
-    expert: int = 1
+    expert: int = number(1, "[1, 65536]")
     """As `parallel.expert`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.layouts", error=UserError)
 
 
 @dataclass(kw_only=True)
@@ -54,6 +60,14 @@ class ModelConfig:
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a response beside those that tokenizer and generation_config.json name, by their text."""
 
+    keep_special_tokens: bool = False
+    """Whether verifiers see the special tokens of a response, but for the stop token at its end."""
+
+    verify: str = word("auto", VERIFY)
+    """`auto` compares the tokenizer with its tokenizer.json, and at load the policy with transformers' own forward:
+    whole where the model has at most 2e9 parameters, else its first two layers and the settings of every layer. `off`
+    trusts both."""
+
     boundary: Any = "newline"
     """Tokens that end a step; the shipped configs set `echorl.boundary` to it."""
 
@@ -63,79 +77,69 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)
     """The model's config.json as far as a plan needs it, so that it can be made without the model."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "model", error=UserError)
+
 
 @dataclass(kw_only=True)
 class ClusterConfig:
     """The machines, as a plan and the hosts' launchers need them."""
 
-    nodes: int = 1
+    nodes: int = number(1, "[1, 1000000]")
     """Machines of the run."""
 
-    gpus_per_node: int = 0
+    gpus_per_node: int = number(0, "[0, 1024]")
     """GPUs of each. 0: on the native engine those that the ranks find; in a plan as many as the layout asks for."""
 
-    gpu_memory_gib: float = 80.0
+    gpu_memory_gib: float = number(80.0, "(0, 1000000]")
     """Memory of a GPU, GiB."""
 
-    gpu_tflops: float = 989.0
+    gpu_tflops: float = number(989.0, "(0, 1000000000]")
     """Peak of a GPU in dense bf16, TFLOP/s."""
 
-    gpu_bandwidth: float = 3350.0
+    gpu_bandwidth: float = number(3350.0, "(0, 1000000000]")
     """Memory bandwidth of a GPU, GB/s."""
 
-    nvlink_bandwidth: float = 450.0
+    nvlink_bandwidth: float = number(450.0, "(0, 1000000000]")
     """Of a GPU to the others of its node, GB/s in each direction."""
 
-    network_bandwidth: float = 50.0
+    network_bandwidth: float = number(50.0, "(0, 1000000000]")
     """Of a GPU to those of other nodes, GB/s in each direction."""
 
-    mfu: float = 0.4
+    mfu: float = number(0.4, "(0, 1]")
     """Share of the peak that training is expected to reach."""
 
     def __post_init__(self) -> None:
-        for name in ("gpu_memory_gib", "gpu_tflops", "gpu_bandwidth", "nvlink_bandwidth", "network_bandwidth"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"cluster.{name}={getattr(self, name)} must be above 0")
-        if self.nodes < 1 or self.gpus_per_node < 0:
-            raise UserError(
-                f"cluster.nodes={self.nodes}, cluster.gpus_per_node={self.gpus_per_node}: use at least 1 and 0"
-            )
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"cluster.mfu={self.mfu} must lie in (0, 1]")
+        check_fields(self, "cluster", error=UserError)
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How ranks share the work; their number is tensor x pipeline x context x data."""
 
-    tensor: int = 1
+    tensor: int = number(1, "[0, 65536]")
     """Ranks that share each layer. 0, with `pipeline` 0 too: what `model.layouts` has for the run's GPUs, else 1."""
 
-    pipeline: int = 1
+    pipeline: int = number(1, "[0, 65536]")
     """Ranks that each hold a stretch of layers; 0 as in `tensor`."""
 
-    context: int = 1
+    context: int = number(1, "[1, 65536]")
     """Ranks that share each sequence."""
 
-    expert: int = 1
+    expert: int = number(1, "[1, 65536]")
     """Ranks, of those that hold replicas, over which the experts of a mixture are spread."""
 
     sequence: bool = False
     """Sequence parallelism: between the layers' products, positions are spread over the tensor-parallel ranks."""
 
-    device: str = "auto"
+    device: str = word("auto", DEVICES)
     """`auto`: GPUs where torch finds one, else the CPU; `cpu` or `cuda` to insist."""
 
-    data: int | None = None
+    data: int | None = number(None, "[1, 1000000]")
     """Replicas that share the groups of a step. Null: what the ranks that torchrun or srun started leave, else 1."""
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"parallel.device={self.device!r} is not known; use one of auto, cpu, cuda")
-        for name, least in (("tensor", 0), ("pipeline", 0), ("context", 1), ("expert", 1), ("data", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"parallel.{name}={value} must be at least {least}")
+        check_fields(self, "parallel", error=UserError)
 
 
 @dataclass(kw_only=True)
@@ -149,115 +153,107 @@ class TrainerConfig:
     """Go on from the newest sound checkpoint of `run_dir`, from the start where it has none. False refuses a folder
     that holds a run."""
 
-    steps: int = 100
+    steps: int = number(100, "[1, 1000000000]")
     """Training steps: each generates, verifies, scores and updates."""
 
-    prompts_per_step: int = 128
+    prompts_per_step: int = number(128, "[1, 10000000]")
     """Prompts, and so groups, of a step."""
 
-    minibatch_prompts: int = 64
+    minibatch_prompts: int = number(64, "[1, 10000000]")
     """Groups of one optimizer step; a step has prompts_per_step / minibatch_prompts of them."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: int = number(1, "[1, 1000000]")
     """Rollouts in one forward-backward of a rank, padded to the longest of the step."""
 
-    recompute: str = "none"
+    recompute: str = word("none", RECOMPUTE)
     """Activations that are computed again in the backward pass instead of kept: `none`; `selective`, those of the
     attention product; `full`, all but each layer's input, for about a third more arithmetic."""
 
-    pack_tokens: int = 0
+    pack_tokens: int = number(0, "[0, 1000000000]", "0 pads")
     """Pack rollouts without padding into rows of at most so many tokens, one row in each forward-backward; then
     `micro_batch_size` is not used. At least the longest prompt + `rollout.max_new_tokens`. 0 pads instead."""
 
-    lr: float = 1e-6
+    lr: float = number(1e-6, "[0, 10]")
     """Peak learning rate."""
 
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, "[0, 1000000000]")
     """Optimizer steps over which the learning rate rises from 0; constant after that."""
 
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, "[0, 1000]")
     """AdamW's weight decay."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: float = number(0.9, "[0, 1)")
     """AdamW's decay of the gradient's mean."""
 
-    adam_beta2: float = 0.95
+    adam_beta2: float = number(0.95, "[0, 1)")
     """AdamW's decay of the gradient's second moment."""
 
-    clip_grad: float = 1.0
+    adam_eps: float = number(1e-8, "(0, 1]")
+    """AdamW's term that keeps the division by the second moment finite."""
+
+    clip_grad: float = number(1.0, "(0, 1000000000]", "a large value does not clip")
     """Largest norm of the whole gradient."""
 
-    seed: int = 0
+    seed: int = number(0, "[0, 9007199254740992]")
     """Fixes the order of prompts and the sampling of rollouts."""
 
-    save_every: int = 0
+    save_every: int = number(0, "[0, 1000000000]", "0 is off")
     """Steps between checkpoints; 0 saves at the end alone."""
 
-    eval_every: int = 0
+    eval_every: int = number(0, "[0, 1000000000]", "0 is off")
     """Steps between evaluations on `data.eval`; 0 evaluates before the first and after the last step alone."""
 
-    eval_group_size: int = 1
+    eval_group_size: int = number(1, "[1, 65536]")
     """Rollouts of each evaluation prompt."""
 
-    eval_temperature: float | None = None
+    eval_temperature: float | None = number(None, "[0, 100]", "0 takes the likeliest token")
     """Of the evaluation's rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
 
     export: bool = True
     """Write the trained policy as a Hugging Face folder, `run_dir`/export, at the end."""
 
-    timeout_minutes: int = 30
+    timeout_minutes: int = number(30, "[1, 100000]")
     """How long a collective may wait for a rank before the run is given up."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "minibatch_prompts", "micro_batch_size", "eval_group_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        for name in ("pack_tokens", "warmup_steps", "save_every", "eval_every", "lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"trainer.{name}={getattr(self, name)} is negative; use 0 or more")
-        if self.recompute not in RECOMPUTE:
-            raise UserError(f"trainer.recompute={self.recompute!r} is not known; use one of {', '.join(RECOMPUTE)}")
-        if self.clip_grad <= 0:
-            raise UserError(f"trainer.clip_grad={self.clip_grad} must be above 0; use a large value to not clip")
+        check_fields(self, "trainer", error=UserError)
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """How a model is evaluated on `data.eval`."""
 
-    samples: int = 8
+    samples: int = number(8, "[1, 65536]")
     """Rollouts of each problem."""
 
-    k: list[int] = field(default_factory=lambda: [1, 8])
+    k: list[int] = number(lambda: [1, 8], "[1, 65536]")  # noqa: RUF009  it makes a field
     """pass@k is reported for these; each at most `samples`."""
 
-    temperature: float | None = None
+    temperature: float | None = number(None, "[0, 100]", "0 takes the likeliest token")
     """Of the rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
 
     checkpoint: str | None = None
     """A checkpoint folder (`run_dir`/checkpoints/step-NNNNNN) of the model at `model.path`; null evaluates that one."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: int = number(1, "[1, 1000000]")
     """Rollouts in one forward of `echorl-nemo analyze`."""
 
-    resamples: int = 2000
+    resamples: int = number(2000, "[1, 10000000]")
     """Draws of the bootstrap over problems."""
 
-    seed: int = 0
+    seed: int = number(0, "[0, 9007199254740992]")
     """Fixes rollouts and bootstrap."""
 
     out: str = "evaluation.json"
     """File of the scores, with the verdicts on each problem."""
 
-    timeout_minutes: int = 60
+    timeout_minutes: int = number(60, "[1, 100000]")
     """How long a collective may wait for a rank."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "resamples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
-        if wrong := [k for k in self.k if not 1 <= k <= self.samples]:
-            raise UserError(f"evaluation.k={list(self.k)}: {wrong} must lie in 1 to evaluation.samples={self.samples}")
+        beyond = [k for k in self.k if k > self.samples >= 1]
+        more = [f"evaluation.k={list(self.k)}: {beyond} is above evaluation.samples={self.samples}"] if beyond else []
+        check_fields(self, "evaluation", more, error=UserError)
 
 
 @dataclass(kw_only=True)
@@ -267,15 +263,15 @@ class AnalysisConfig:
     boundary: Any = "newline"
     """Tokens that end a step, as `echorl.boundary`."""
 
-    step_reduction: str = "mean"
+    step_reduction: str = word("mean", STEP_REDUCTIONS)
     """How token entropies make a step's entropy: `mean`, `max` or `sum`."""
 
     out: str = "analysis"
     """Files of the profiles: this with .json and .png."""
 
     def __post_init__(self) -> None:
-        if self.step_reduction not in STEP_REDUCTIONS:
-            raise UserError(f"analysis.step_reduction={self.step_reduction!r}: use one of {', '.join(STEP_REDUCTIONS)}")
+        problems = boundary_problems(self.boundary, "analysis.boundary")
+        check_fields(self, "analysis", problems, error=UserError)
 
 
 @dataclass(kw_only=True)
@@ -307,7 +303,7 @@ def changed(config: "RunConfig", keys: Sequence[str]) -> list[tuple[str, Any]]:
 class RunConfig:
     """Everything a run is made of; one Hydra group of `conf/` for each section."""
 
-    engine: str = "megatron"
+    engine: str = word("megatron", ENGINES)
     """Who trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts with launchers of their own that
     `echorl-nemo plan --launch` writes the command for."""
 

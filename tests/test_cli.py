@@ -130,7 +130,7 @@ def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest
     model = f"model.path={tiny_chain / 'model'}"
     for overrides, message in (
         ([], "data.eval is null: name the problems, or choose a benchmark"),
-        (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] must lie in 1 to evaluation.samples=2"),
+        (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] is above evaluation.samples=2"),
         (
             ["data.eval=nowhere.jsonl", "evaluation.checkpoint=/nowhere"],
             "evaluation.checkpoint=/nowhere is no complete checkpoint",
@@ -156,3 +156,34 @@ def test_analysis_of_golden_solutions_and_rollouts(in_repository: Path, tiny_cha
     # a wrong line is likelier where the model is uncertain
     assert profiles["wrong rollouts"]["peak_height"]["50%"] > profiles["right rollouts"]["peak_height"]["50%"]
     assert (tmp_path / "look.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "ehcorl.coef=1"],
+        ["train", "--config-name", "quickstart", "trainer.lr=nan"],
+        ["train", "--config-name", "quickstart", "model.path=a[b"],
+        ["train", "--config-name", "quickstart", "--cfg", "job"],
+        ["plan", "--config-name", "quickstart", "trainer.steps=0"],
+        ["evaluate", "model.path=x", "--cfg", "job"],
+        ["analyze", "evaluation.samples=many"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_library_imports_none(arguments: list[str]) -> None:
+    """And so answers at once: torch by itself takes seconds to import."""
+    program = (
+        "import sys\n"
+        "from echorl_nemo.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'megatron', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"

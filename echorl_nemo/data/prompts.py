@@ -1,100 +1,21 @@
 """Prompts with reference answers, from a data source."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 
-from echorl_nemo.data.source import read_rows
+from echorl_nemo.data.config import DataConfig
+from echorl_nemo.data.source import raise_bad_rows, read_rows
 from echorl_nemo.data.templates import compile_template, render
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
-
-
-@dataclass(kw_only=True)
-class ExtraReward:
-    """A verifier that shapes the reward."""
-
-    name: str = MISSING
-    """As in `data.reward`."""
-
-    weight: float = MISSING
-    """Of its value in the shaped reward."""
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """What is asked, and how answers are verified."""
-
-    train: str = MISSING
-    """A .jsonl or .parquet file, a folder that `datasets` saved, or the id of a hub dataset."""
-
-    train_split: str = "train"
-    """Split of `train`, where it is a dataset."""
-
-    eval: str | None = None
-    """Held-out prompts, a source like `train`; null: no evaluation."""
-
-    eval_split: str = "test"
-    """Split of `eval`, where it is a dataset."""
-
-    subset: str | None = None
-    """Configuration of a hub dataset that has several."""
-
-    prompt_key: str = "prompt"
-    """Column of the prompt: a text, or a list of chat messages."""
-
-    answer_key: str = "answer"
-    """Column of the reference answer: a text or a number."""
-
-    solution_key: str = "solution"
-    """Column of a golden solution, for `echorl-nemo analyze`; used where every row has one."""
-
-    prompt_template: str | None = None
-    """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`. `row` is
-    the whole row, for columns whose names are no words."""
-
-    answer_template: str | None = None
-    """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`. The
-    filter `last_boxed` gives what stands in a text's last \\boxed{}."""
-
-    chat_template: bool | None = None
-    """Wrap a prompt in the model's chat template; lists of messages are always wrapped. Null: where
-    `model.chat_template` names one."""
-
-    system_prompt: str | None = None
-    """System message put before a prompt, with a chat template."""
-
-    max_prompt_tokens: int = 1024
-    """Longest prompt."""
-
-    drop_long_prompts: bool = False
-    """Leave out prompts that are longer. False stops the run before it starts."""
-
-    reward: str = "math"
-    """Verifier that decides success: `math` (math-verify), `exact_line` (the final `A:` line), `choice` (the letter of
-    a multiple choice), or a function of one's own, `package.module:name`, of (response, answer)."""
-
-    extra_rewards: list[ExtraReward] = field(default_factory=list)
-    """Further verifiers with their weights, `[{name: "my.module:style", weight: 0.1}]`: added to the reward that
-    advantages are estimated from, after success is decided."""
-
-    reward_timeout: float = 10.0
-    """Seconds that a verifier may take for a response; then the reward is 0, and counted."""
-
-    reward_workers: int = 2
-    """Processes of each rank that verify; `exact_line` needs none."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "reward_workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
-        if self.reward_timeout <= 0:
-            raise UserError(f"data.reward_timeout={self.reward_timeout} must be above 0 seconds")
+from echorl_nemo.rewards import find_verifier, reference_problem, takes_row
 
 
 @dataclass(frozen=True)
@@ -106,6 +27,8 @@ class Prompt:
     answer: str
     group_id: int
     """Unique in the run for each time that the prompt is asked."""
+    row: Mapping[str, Any] | None = None
+    """The data's row, where a verifier takes it."""
 
 
 class PromptData:
@@ -114,29 +37,45 @@ class PromptData:
     def __init__(
         self, source: str, config: DataConfig, tokenizer: Tokenizer, *, field: str, split: str = "train"
     ) -> None:
-        """``field`` names the config key of ``source`` in errors. Raises UserError for a bad file, row or prompt."""
+        """``field`` names the config key of ``source`` in errors.
+
+        Raises UserError with what is wrong with the file, or with its first bad rows.
+        """
         self._tokens: list[tuple[int, ...]] = []
         self._texts: list[str] = []
         self._answers: list[str] = []
+        self._rows: list[Mapping[str, Any]] = []
         solutions: list[Any] = []
+        problems: list[str] = []
         dropped = 0
+        digest = hashlib.sha256()
+        keep_rows = any(takes_row(find_verifier(name)) for name in verifier_names(config))
         reader = _RowReader(config, tokenizer)
         for where, row in read_rows(source, subset=config.subset, split=split, field=field):
-            text, tokens = reader.prompt(row, where)
-            answer = reader.answer(row, where)
-            if len(tokens) > config.max_prompt_tokens:
-                if not config.drop_long_prompts:
-                    raise UserError(
-                        f"{where}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens="
-                        f"{config.max_prompt_tokens}; raise the limit, drop the line, or set "
-                        "data.drop_long_prompts=true"
-                    )
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                text, tokens, answer = reader.read(row, where)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if len(tokens) > config.max_prompt_tokens and config.drop_long_prompts:
                 dropped += 1
                 continue
+            if len(tokens) > config.max_prompt_tokens:
+                problems.append(
+                    f"{where}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens={config.max_prompt_tokens}; "
+                    "raise the limit, drop the line, or set data.drop_long_prompts=true"
+                )
+                continue
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             self._tokens.append(tokens)
             self._texts.append(text)
             self._answers.append(answer)
+            if keep_rows:
+                self._rows.append(row)
             solutions.append(row.get(config.solution_key))
+        raise_bad_rows(problems)
         self.solutions: list[str] = solutions if all(isinstance(s, str) and s for s in solutions) else []
         """A golden solution of each prompt, or none at all."""
         if not self._tokens:
@@ -146,6 +85,9 @@ class PromptData:
                 "%s=%s: %d of %d prompts are longer than %d tokens and left out",
                 field, source, dropped, dropped + len(self), config.max_prompt_tokens,
             )  # fmt: skip
+        self.fingerprint = f"{len(self)} prompts {digest.hexdigest()[:16]}"
+        """Number of prompts, and a hash of their rows in their order. Not of the rendered prompts: a chat template may
+        print the date."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -156,12 +98,9 @@ class PromptData:
         return max(len(tokens) for tokens in self._tokens)
 
     @property
-    def fingerprint(self) -> str:
-        """Number of prompts, and a hash of them and their answers in their order."""
-        digest = hashlib.sha256()
-        for tokens, answer in zip(self._tokens, self._answers, strict=True):
-            digest.update(f"{tokens} {answer!r}\n".encode())
-        return f"{len(self)} prompts {digest.hexdigest()[:16]}"
+    def largest_id(self) -> int:
+        """The largest token id of the prompts."""
+        return max(max(tokens) for tokens in self._tokens)
 
     def all(self) -> list[Prompt]:
         """Every prompt, in the source's order."""
@@ -183,7 +122,13 @@ class PromptData:
         return torch.randperm(len(self), generator=generator).tolist()
 
     def _prompt(self, index: int, group_id: int) -> Prompt:
-        return Prompt(self._tokens[index], self._texts[index], self._answers[index], group_id)
+        row = self._rows[index] if self._rows else None
+        return Prompt(self._tokens[index], self._texts[index], self._answers[index], group_id, row)
+
+
+def verifier_names(config: DataConfig) -> list[str]:
+    """The verifier that decides success, then those that shape the reward."""
+    return [config.reward, *(extra.name for extra in config.extra_rewards)]
 
 
 class _RowReader:
@@ -194,43 +139,87 @@ class _RowReader:
         self._prompt = compile_template(config.prompt_template, "data.prompt_template")
         self._answer = compile_template(config.answer_template, "data.answer_template")
 
+    def read(self, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...], str]:
+        """(text, tokens) of the prompt, and the reference answer. Raises UserError that names the row."""
+        text, tokens = self.prompt(row, where)
+        if not tokens:
+            raise UserError(f"{where}: {self.config.prompt_key}={text!r} has no token; drop the line")
+        return text, tokens, self.answer(row, where)
+
     def prompt(self, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
-        config = self.config
-        prompt = row.get(config.prompt_key)
+        config, key = self.config, self.config.prompt_key
+        prompt = row.get(key)
         if self._prompt is not None:
-            prompt = render(self._prompt, row, where, "data.prompt_template")
+            prompt, key = render(self._prompt, row, where, "data.prompt_template"), "data.prompt_template"
+        if not prompt and isinstance(prompt, (str, list)):
+            raise UserError(f"{where}: {key} is empty; drop the line")
         wrap = self.tokenizer.wraps_prompts if config.chat_template is None else config.chat_template
         if isinstance(prompt, str) and not wrap:
-            text, tokens = prompt, tuple(self.tokenizer.encode(prompt))
-        else:
-            text, tokens = self._chat(prompt, row, where)
-        if not prompt:
-            raise UserError(f"{where}: {config.prompt_key} is empty; drop the line")
-        return text, tokens
-
-    def answer(self, row: dict[str, Any], where: str) -> str:
-        if self._answer is not None:
-            return render(self._answer, row, where, "data.answer_template")
-        answer = row.get(self.config.answer_key)
-        if not isinstance(answer, (str, int, float)):
-            raise UserError(f"{where}: {self.config.answer_key}={answer!r} is no text or number; see data.answer_key")
-        return str(answer)
-
-    def _chat(self, prompt: Any, row: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
-        config = self.config
-        if isinstance(prompt, str):
-            messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
-        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-            messages = prompt
-        else:
-            raise UserError(
-                f"{where}: {config.prompt_key}={prompt!r} is no text and no list of chat messages; the row has "
-                f"{', '.join(row)}: see data.prompt_key"
-            )
-        if config.system_prompt is not None:
-            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+            if config.system_prompt is not None:
+                raise UserError(
+                    f"{where}: data.system_prompt has no effect on a prompt without a chat template; set "
+                    "data.chat_template=true, or data.system_prompt=null"
+                )
+            check_text(prompt, where, key)
+            return prompt, tuple(self.tokenizer.encode(prompt))
+        messages = self._messages(prompt, row, where)
         try:
             text = self.tokenizer.render_chat(messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+        check_text(text, where, key)
         return text, tuple(self.tokenizer.encode(text, rendered=True))
+
+    def answer(self, row: dict[str, Any], where: str) -> str:
+        key = self.config.answer_key
+        answer = row.get(key)
+        if self._answer is not None:
+            answer, key = render(self._answer, row, where, "data.answer_template"), "data.answer_template"
+        if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not math.isfinite(answer)):
+            raise UserError(f"{where}: {key}={answer!r} is no text or number; see data.answer_key")
+        text = str(answer)
+        if not text.strip():
+            raise UserError(f"{where}: {key}={text!r} is empty: no response could match it; drop the line")
+        check_text(text, where, key)
+        if problem := reference_problem(self.config.reward, text):
+            raise UserError(f"{where}: {key}: {problem}; correct or drop the line")
+        return text
+
+    def _messages(self, prompt: Any, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        """The messages of a prompt, each with its text in one piece."""
+        config = self.config
+        if isinstance(prompt, str):
+            messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
+            messages = [{**message, "content": _content(message, where, config.prompt_key)} for message in prompt]
+        else:
+            raise UserError(
+                f"{where}: {config.prompt_key}={prompt!r} is no text and no list of chat messages; the row has "
+                f"{', '.join(map(str, row))}: see data.prompt_key"
+            )
+        if config.system_prompt is not None:
+            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        return messages
+
+
+def _content(message: Mapping[str, Any], where: str, key: str) -> str:
+    """A message's text; of a list of parts, the texts joined. Raises UserError for any other content."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{where}: {key}: the content of a {message['role']} message is {content!r}; use a text, or a list of "
+            'parts {"type": "text", "text": ...}'
+        )
+    return "".join(str(text) for text in texts)
+
+
+def check_text(text: str, where: str, key: str) -> None:
+    """Raises UserError for half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {key} holds {text[error.start]!r}, half of a surrogate pair; correct or drop the line"
+        ) from error

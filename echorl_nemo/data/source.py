@@ -1,25 +1,42 @@
-"""Rows of a data source: JSONL, parquet, a saved dataset's folder, or a hub dataset."""
+"""Rows of a data source: JSONL, CSV, parquet, a saved dataset's folder, or a hub dataset."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from echorl_nemo.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FILE_SUFFIXES = {".jsonl", ".json", ".parquet"}
+READERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+"""By suffix, the reader of `datasets` and its options."""
+FILE_SUFFIXES = {".jsonl", ".json", *READERS}
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""("where:row", row); rows count from 1."""
+Rows = Iterator[tuple[str, dict[str, Any] | UserError]]
+"""("where:row", row), or what is wrong with the row; rows count from 1."""
+
+
+SHOWN_ROWS = 20
+"""Bad rows that are named; of the others the number is."""
+
+
+def raise_bad_rows(problems: Sequence[str]) -> None:
+    """Raises UserError with the first `SHOWN_ROWS` of ``problems``, each of a row, if there are any."""
+    if problems:
+        further = [f"and {len(problems) - SHOWN_ROWS} further rows"] if len(problems) > SHOWN_ROWS else []
+        raise UserError("\n".join([*problems[:SHOWN_ROWS], *further]))
 
 
 def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Rows:
-    """The rows of ``source``: a .jsonl or .parquet file, a folder that `datasets` saved, or the id of a hub dataset, of
-    which ``subset`` and ``split`` are taken.
+    """The rows of ``source``: a .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` saved, or the id of a hub
+    dataset, of which ``subset`` and ``split`` are taken.
 
-    ``field`` names the config key in errors. Raises UserError for what cannot be read.
+    ``field`` names the config key in errors. Raises UserError for what cannot be read at all.
     """
     path = Path(source)
     if path.suffix in FILE_SUFFIXES and not path.is_file():
@@ -30,27 +47,33 @@ def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Row
 
 
 def read_jsonl(path: Path) -> Rows:
-    """The objects of a JSONL file, blank lines left out. Raises UserError naming the line that is none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
-            yield where, row
+    """The objects of a JSONL file, blank lines left out; a UserError in place of a line that holds none."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_line(line, f"{path}:{number}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if where.endswith(":1") else "utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object")
+    if not isinstance(row, dict):
+        return UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
+    return row
 
 
 def _read_dataset(source: str, path: Path, subset: str | None, split: str, field: str) -> Rows:
     import datasets  # slow to import, and not needed for JSONL
 
     try:
-        if path.suffix == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.suffix in READERS:
+            reader, options = READERS[path.suffix]
+            data = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
         elif path.is_dir() and (path / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(str(path))[split]
         elif path.is_dir() and (path / "state.json").is_file():
@@ -60,6 +83,9 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str, field
         else:
             raise UserError(f"{field}={source}: no such file, folder or hub dataset")
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{field}={source} (subset {subset}, split {split}): {str(error).splitlines()[0]}") from error
+        if isinstance(error, UserError):
+            raise
+        cause = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{field}={source} (subset {subset}, split {split}): {cause[0]}") from error
     for number, row in enumerate(data, 1):
         yield f"{source}:{number}", dict(row)

@@ -5,13 +5,16 @@ from typing import Any
 import jinja2
 
 from echorl_nemo.errors import UserError
+from echorl_nemo.rewards.boxed import last_box
 
 
 def compile_template(text: str | None, field: str) -> jinja2.Template | None:
     """The template of the config key ``field``. Raises UserError for what is none."""
     if text is None:
         return None
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_text_or_number
+    )
     environment.filters["last_boxed"] = last_boxed
     try:
         return environment.from_string(text)
@@ -20,11 +23,12 @@ def compile_template(text: str | None, field: str) -> jinja2.Template | None:
 
 
 def render(template: jinja2.Template, row: dict[str, Any], where: str, field: str) -> str:
-    """The template's text for a row at ``where``. Raises UserError if the row lacks a column."""
+    """The template's text for a row at ``where``. Raises UserError if the row lacks a column, or what the template
+    shows is no text or number."""
     try:
-        return template.render(**row, row=row)
-    except (jinja2.UndefinedError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {field}: {error}; the row has {', '.join(row)}") from error
+        return template.render({"row": row, **row})
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UserError(f"{where}: {field}: {error}; the row has {', '.join(map(str, row))}") from error
 
 
 def last_boxed(text: str) -> str:
@@ -32,13 +36,14 @@ def last_boxed(text: str) -> str:
     TypeError for what is no text."""
     if not isinstance(text, str):
         raise TypeError(f"last_boxed of {text!r}, which is no text")
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        raise ValueError(r"no \boxed{} in the text")
-    start += len(r"\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    raise ValueError(r"a \boxed{ that does not close")
+    box = last_box(text)
+    if box is None:
+        raise ValueError(r"no \boxed{} that closes in the text")
+    return box[1]
+
+
+def _text_or_number(value: Any) -> Any:
+    """What a template shows of a value: null would become the text None, a list its Python notation."""
+    if value is None or isinstance(value, (list, tuple, dict, set)):
+        raise TypeError(f"{value!r} is no text or number")
+    return value

@@ -1,12 +1,21 @@
 """The tokenizer, as the rest of the package needs it."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
+import tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from echorl_nemo.errors import UserError
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.", "9a+4b+2\n", "A:3\n", " two  spaces\tand a tab", "x = [1, 2]; y",
+    "\\boxed{\\frac{1}{2}}\n\n", "0123456789", "ÄÖü ß é ñ", "日本語のテキスト", "🙂", "don't I'll", "UPPER lower MiXed",
+)  # fmt: skip
+"""Texts on which the loaded tokenizer must agree with tokenizer.json."""
 
 
 class Tokenizer:
@@ -19,38 +28,52 @@ class Tokenizer:
         trust_remote_code: bool = False,
         chat_template: str = "none",
         stop_tokens: Sequence[str] = (),
+        keep_special_tokens: bool = False,
+        verify: bool = True,
     ) -> None:
-        """``chat_template`` and ``stop_tokens`` as in `model`.
+        """``chat_template``, ``stop_tokens`` and ``keep_special_tokens`` as in `model`; ``verify``: compare the loaded
+        tokenizer with tokenizer.json.
 
-        Raises UserError if ``path`` holds no tokenizer, or one without an end-of-sequence token or a stop token.
+        Raises UserError if ``path`` holds no tokenizer, one that differs from its tokenizer.json, or one without an
+        end-of-sequence token or a stop token.
         """
-        try:
-            self.hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.path={path}: no tokenizer can be read: {str(error).splitlines()[0]}") from error
+        self.hf: PreTrainedTokenizerBase = _load(path, trust_remote_code)
         if self.hf.eos_token_id is None:
             raise UserError(f"model.path={path}: the tokenizer has no eos_token; rollouts could not end")
+        if verify:
+            _compare_with_file(path, self.hf)
+        self._path, self._keep_special_tokens = path, keep_special_tokens
         self.stop_ids = tuple(sorted({*_stop_ids(path, self.hf), *_token_ids(path, self.hf, stop_tokens)}))
         self.wraps_prompts = chat_template != "none"
         """Whether prompts are wrapped in the chat template unless a data set says otherwise."""
         if chat_template not in ("none", "tokenizer"):
             self.hf.chat_template = chat_template
         self.pad_id: int = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.hf.eos_token_id
+        self._lead = _leading_ids(path, self.hf)
+        self._stops_at_turn_ends = False
+        if self.wraps_prompts:
+            self._stop_at_turn_ends()
 
     def __len__(self) -> int:
-        return len(self.hf)
+        """Entries of the vocabulary, up to the largest id; ids beyond it have no text."""
+        return max(self.hf.get_vocab().values()) + 1
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Text of each sequence of ids; as the vocabulary's text for `echo.boundary_ids`."""
         return self.hf.batch_decode(sequences, **kwargs)
 
     def encode(self, text: str, *, rendered: bool = False) -> list[int]:
-        """Ids of a prompt. A plain one gets the tokenizer's own special tokens, a beginning of sequence where the model
-        has one; a ``rendered`` chat template has them in its text."""
-        return self.hf.encode(text, add_special_tokens=not rendered)
+        """Ids of a prompt. A plain one gets the tokenizer's own leading special tokens, a beginning of sequence where
+        the model has one, unless its text begins with them; never a closing one, which would end the prompt. A
+        ``rendered`` chat template has its special tokens in its text."""
+        ids = list(self.hf.encode(text, add_special_tokens=False))
+        return ids if rendered or ids[: len(self._lead)] == self._lead else [*self._lead, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens."""
+        """Text of a response, without special tokens; with `model.keep_special_tokens` without the stop token alone."""
+        if self._keep_special_tokens:
+            end = len(ids) - (len(ids) > 0 and ids[-1] in self.stop_ids)
+            return self.text(list(ids)[:end])
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -61,17 +84,91 @@ class Tokenizer:
         """The text of each token by itself, special tokens included, for people to read."""
         return self.hf.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """The messages in the model's chat template, open for the assistant's turn."""
+        self._stop_at_turn_ends()
+        return self._render(messages, open_turn=True)
+
+    def _render(self, messages: Sequence[dict[str, Any]], *, open_turn: bool) -> str:
         if self.hf.chat_template is None:
             raise UserError(
                 "model.chat_template=tokenizer, data.chat_template=true or a prompt of messages: the tokenizer has no "
                 "chat template; give model.chat_template the text of one, or use none"
             )
         try:
-            return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
+            return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"model.chat_template: {error}") from error
+
+    def _stop_at_turn_ends(self) -> None:
+        """Add the special token with which the chat template closes an assistant's turn to the stop tokens, with a
+        warning: a policy that has learnt the template ends its turns with it."""
+        if self._stops_at_turn_ends:
+            return
+        self._stops_at_turn_ends = True
+        answer = "four"
+        turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": answer}]
+        closed = self._render(turns, open_turn=False).rpartition(answer)[2]
+        following = self.encode(closed, rendered=True)[:1]
+        if not following or following[0] in self.stop_ids:
+            return
+        say = logging.getLogger(__name__).warning
+        (token,) = self.pieces(following)
+        if following[0] in self.hf.all_special_ids or following[0] in getattr(self.hf, "added_tokens_decoder", {}):
+            self.stop_ids = tuple(sorted({*self.stop_ids, following[0]}))
+            say("model.path=%s: the chat template closes a turn with %r, now a stop token too", self._path, token)
+        else:
+            say(
+                "model.path=%s: the chat template closes a turn with %r, which is no special token; responses may not "
+                "end there: name what ends them in model.stop_tokens", self._path, token,
+            )  # fmt: skip
+
+
+def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        cause = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"model.path={path}: no tokenizer can be read: {type(error).__name__}: {cause}; name a folder that holds a "
+            "whole one"
+        ) from error
+
+
+def _compare_with_file(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the tokenizer splits a probe otherwise than tokenizer.json says: transformers chooses the
+    class by names in other files, and a wrong one trains on wrong tokens without a word."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    reference = tokenizers.Tokenizer.from_file(str(file))
+    reference.no_padding()
+    reference.no_truncation()
+    for probe in PROBES:
+        loaded = list(tokenizer.encode(probe, add_special_tokens=False))
+        expected = list(reference.encode(probe, add_special_tokens=False).ids)
+        if loaded != expected:
+            raise UserError(
+                f"model.path={path}: {type(tokenizer).__name__} encodes {probe!r} as {loaded[:12]}, tokenizer.json as "
+                f"{expected[:12]}; correct tokenizer_class in tokenizer_config.json, or set model.verify=off if the "
+                "class is right"
+            )
+
+
+def _leading_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text. What it appends is left out, with a warning."""
+    probe = "1"
+    plain = list(tokenizer.encode(probe, add_special_tokens=False))
+    whole = list(tokenizer.encode(probe, add_special_tokens=True))
+    starts = [start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain]
+    if not starts:  # it changes the text itself
+        return []
+    if appended := whole[starts[-1] + len(plain) :]:
+        logging.getLogger(__name__).warning(
+            "model.path=%s: the tokenizer appends %s to a text; it is left out of prompts, which would end there",
+            path, tokenizer.decode(appended),
+        )  # fmt: skip
+    return whole[: starts[-1]]
 
 
 def _token_ids(path: str, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
@@ -90,7 +187,11 @@ def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = {int(tokenizer.eos_token_id)}
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the file is optional
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.path={path}: generation_config.json cannot be read: {error}; correct it") from error
+    except OSError as error:  # the file is optional
+        if (Path(path) / "generation_config.json").is_file():
+            raise UserError(f"model.path={path}: generation_config.json cannot be read; correct it") from error
         configured = None
     if configured is not None:
         ids.update([configured] if isinstance(configured, int) else configured)

@@ -1,10 +1,17 @@
-"""The method: steps, step entropy, EchoClips, clip loss. Imports torch alone; every function is pure."""
+"""The method: steps, step entropy, EchoClips, clip loss. Imports torch alone; every function is pure.
 
-from echorl_nemo.echo.clips import ClipSelection, select_clips
+The functions are imported where they are first used, so that reading a configuration does not import torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from echorl_nemo.echo.config import EchoRLConfig
-from echorl_nemo.echo.entropy import step_entropy
-from echorl_nemo.echo.loss import clip_denominator, clip_loss
-from echorl_nemo.echo.steps import boundary_ids, segment_steps
+
+if TYPE_CHECKING:
+    from echorl_nemo.echo.clips import ClipSelection, select_clips
+    from echorl_nemo.echo.entropy import step_entropy
+    from echorl_nemo.echo.loss import clip_denominator, clip_loss
+    from echorl_nemo.echo.steps import boundary_ids, segment_steps
 
 __all__ = [
     "ClipSelection",
@@ -16,3 +23,11 @@ __all__ = [
     "select_clips",
     "step_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from echorl_nemo.echo import clips, entropy, loss, steps
+
+    return next(getattr(module, name) for module in (clips, entropy, loss, steps) if hasattr(module, name))

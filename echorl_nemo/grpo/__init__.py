@@ -1,10 +1,17 @@
-"""The RL objective: advantages, policy losses, KL, sampling filters. Imports torch alone; every function is pure."""
+"""The RL objective: advantages, policy losses, KL, sampling filters. Imports torch alone; every function is pure.
 
-from echorl_nemo.grpo.advantages import group_advantages
+The functions are imported where they are first used, so that reading a configuration does not import torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from echorl_nemo.grpo.config import AlgoConfig
-from echorl_nemo.grpo.kl import kl_estimate
-from echorl_nemo.grpo.loss import LossInputs, LossOutputs, StepTotals, policy_loss
-from echorl_nemo.grpo.sampling import all_success_groups, counted_rollouts, effective_groups, overlong_penalty
+
+if TYPE_CHECKING:
+    from echorl_nemo.grpo.advantages import group_advantages
+    from echorl_nemo.grpo.kl import kl_estimate
+    from echorl_nemo.grpo.loss import LossInputs, LossOutputs, StepTotals, policy_loss
+    from echorl_nemo.grpo.sampling import all_success_groups, counted_rollouts, effective_groups, overlong_penalty
 
 __all__ = [
     "AlgoConfig",
@@ -19,3 +26,11 @@ __all__ = [
     "overlong_penalty",
     "policy_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from echorl_nemo.grpo import advantages, kl, loss, sampling
+
+    return next(getattr(module, name) for module in (advantages, kl, loss, sampling) if hasattr(module, name))

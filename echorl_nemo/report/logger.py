@@ -4,50 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from echorl_nemo.errors import UserError
+from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE, ROLLOUTS_FILE, LoggerConfig
 from echorl_nemo.report.trackers import trackers
 from echorl_nemo.rollout.batch import RolloutBatch
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-ROLLOUTS_FILE = "rollouts.jsonl"
-FAILURES_FILE = "verifier_failures.jsonl"
-REPORT_FILE = "report.html"
-
-
-@dataclass(kw_only=True)
-class LoggerConfig:
-    """What a run writes down."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events to `run_dir`/tensorboard."""
-
-    wandb_project: str | None = None
-    """Project of Weights & Biases to log to (needs the package wandb); null is off."""
-
-    mlflow_experiment: str | None = None
-    """Experiment of MLflow to log to (needs the package mlflow); null is off."""
-
-    rollouts_every: int = 10
-    """Steps between those whose rollouts are kept; the first and the last step are always among them."""
-
-    groups: int = 4
-    """Groups kept of such a step, with all their rollouts."""
-
-    progress: bool = True
-    """Show a progress bar, on a terminal."""
-
-    def __post_init__(self) -> None:
-        if self.rollouts_every < 1:
-            raise UserError(f"logger.rollouts_every={self.rollouts_every} must be at least 1")
-        if self.groups < 0:
-            raise UserError(f"logger.groups={self.groups} is negative; use 0 or more")
 
 
 class RunLogger:

@@ -12,8 +12,9 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from echorl_nemo.errors import UserError
+from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE
 from echorl_nemo.report.diagnosis import WINDOW, stop_bias_warning
-from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, read_lines
+from echorl_nemo.report.logger import read_lines
 
 TEMPLATE = Path(__file__).with_name("template.html")
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig
 from echorl_nemo.report.console import RunConsole
 from echorl_nemo.report.diagnosis import changed_settings, stop_bias_warning
-from echorl_nemo.report.logger import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig, RunLogger, read_lines
+from echorl_nemo.report.logger import RunLogger, read_lines
 from echorl_nemo.report.page import write_report
 from echorl_nemo.rollout.batch import RolloutBatch
 
@@ -18,6 +19,7 @@ class Recorder:
 
     def __init__(self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int) -> None:
         self.folder, self.steps = folder, steps
+        self._stopped = False
         self.logger = RunLogger(folder, config, first_step=first_step)
         before = folder / CONFIG_FILE
         changes = changed_settings(before.read_text(encoding="utf-8"), config_yaml) if before.is_file() else []
@@ -62,12 +64,18 @@ class Recorder:
         self.console.say(text)
 
     def stop(self) -> None:
-        """Close the files of a run that goes on later."""
-        self.logger.close()
-        self.console.stop()
+        """Close the files; once is enough."""
+        if not self._stopped:
+            self._stopped = True
+            self.logger.close()
+            self.console.stop()
 
-    def finish(self) -> None:
-        """Close the files, write the report, print the summary."""
+    def finish(self, *, summary: bool) -> None:
+        """Close the files, write the report if there is a metric to show; with ``summary`` of a run that made its last
+        step, print that too."""
         self.stop()
+        if not read_lines(self.folder / METRICS_FILE):
+            return
         write_report([self.folder], self.folder / REPORT_FILE)
-        self.console.summary(read_lines(self.folder / METRICS_FILE), self.folder)
+        if summary:
+            self.console.summary(read_lines(self.folder / METRICS_FILE), self.folder)

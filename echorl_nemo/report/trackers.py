@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from echorl_nemo.report.logger import LoggerConfig
+    from echorl_nemo.report.config import LoggerConfig
 
 
 class Tracker(Protocol):

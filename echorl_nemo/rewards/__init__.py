@@ -2,6 +2,8 @@
 
 from echorl_nemo.rewards.exact import exact_line
 from echorl_nemo.rewards.pool import TIMED_OUT, Verdict, VerifierPool
-from echorl_nemo.rewards.verifiers import Verifier, find_verifier
+from echorl_nemo.rewards.verifiers import Verifier, find_verifier, reference_problem, takes_row
 
-__all__ = ["TIMED_OUT", "Verdict", "Verifier", "VerifierPool", "exact_line", "find_verifier"]
+__all__ = [
+    "TIMED_OUT", "Verdict", "Verifier", "VerifierPool", "exact_line", "find_verifier", "reference_problem", "takes_row",
+]  # fmt: skip

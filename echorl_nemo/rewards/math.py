@@ -1,13 +1,79 @@
 """Mathematical equality, by math-verify."""
 
+import re
+from decimal import Decimal
+from typing import Any
+
+import sympy
 from math_verify import parse, verify
+
+from echorl_nemo.rewards.boxed import last_box
+
+RELATIVE_TOLERANCE = 1e-6
+"""Between a decimal and an exact number: math-verify compares to six decimals, whatever their size."""
 
 
 def math_equal(response: str, answer: str) -> float:
-    """1.0 if the response's final answer equals the reference mathematically; else 0.0.
+    r"""1.0 if the response's final answer equals the reference mathematically; else 0.0.
 
-    math-verify looks for the last boxed or final expression of the response. Its own time limits are off, since they
-    use an alarm signal; `VerifierPool` has one that works anywhere.
+    The final answer is the last \boxed{} or \fbox{}; without one, the last expression that math-verify finds. Its own
+    time limits are off, since they use an alarm signal; `VerifierPool` has one that works anywhere.
     """
-    gold = parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
-    return float(bool(gold) and verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+    box = last_box(response)
+    text, boxed = (response, False) if box is None else (box[1], True)
+    given, percent = _without_percent(plain_numbers(text))
+    gold, gold_percent = _without_percent(plain_numbers(answer))
+    if _equal(given, gold, boxed=boxed):
+        return 1.0
+    # 50 % is read as 50, and where only one side has the sign also as 0.5
+    if percent != gold_percent:
+        hundredths = [rf"({side})/100" if sign else side for side, sign in ((given, percent), (gold, gold_percent))]
+        return float(_equal(*hundredths, boxed=True))
+    return 0.0
+
+
+def _equal(given: str, gold: str, *, boxed: bool) -> bool:
+    reference = parse(rf"\boxed{{{gold}}}", parsing_timeout=None)
+    found = parse(rf"\boxed{{{given}}}" if boxed else given, parsing_timeout=None)
+    if not reference or not verify(reference, found, timeout_seconds=None):
+        return False
+    return _numbers_agree(reference[0], found[0])
+
+
+def _numbers_agree(gold: Any, found: Any) -> bool:
+    """False for two numbers that differ by more than `RELATIVE_TOLERANCE`, at all if both are exact; else True."""
+    if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_finite for value in (gold, found)):
+        return True
+    difference = gold - found
+    if not (gold.has(sympy.Float) or found.has(sympy.Float)):
+        return bool(difference.equals(0))
+    return bool(abs(difference.evalf()) <= RELATIVE_TOLERANCE * max(abs(gold.evalf()), abs(found.evalf())))
+
+
+_SPACES = re.compile(r"\\[,;:! ]|\{,\}|~")
+_DEGREES = re.compile(r"°|\^\s*\{?\s*\\circ\s*\}?|\\degree\b")
+_REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{(\d{1,30})\}")
+_MIXED = re.compile(r"(?<![\d./^_{])(\d{1,30})\s+(\d{1,30})\s*/\s*(\d{1,30})(?![\d.])")
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]([+-]?\d{1,3})(?!\w)")
+_FINAL_DOT = re.compile(r"(?<=\d)\.\s*$")
+
+
+def plain_numbers(text: str) -> str:
+    r"""``text`` with numbers as math-verify reads them: `1\,234`, `90°`, `0.\overline{3}`, `1 1/2`, `1.5e3`, `5.`."""
+    text = _DEGREES.sub("", _SPACES.sub("", text))
+    text = _REPEATING.sub(_fraction, text)
+    text = _MIXED.sub(r"(\1+\2/\3)", text)
+    text = _SCIENTIFIC.sub(lambda number: format(Decimal(number[0]), "f"), text)
+    return _FINAL_DOT.sub("", text)
+
+
+def _without_percent(text: str) -> tuple[str, bool]:
+    bare = re.sub(r"\\?%\s*$", "", text)
+    return bare, bare != text
+
+
+def _fraction(number: re.Match[str]) -> str:
+    """A repeating decimal as a fraction: 0.1(6) is (16 - 1) / 90."""
+    whole, fixed, repeated = number[1], number[2], number[3]
+    before = int(f"{whole}{fixed}" or "0")
+    return f"({int(whole + fixed + repeated) - before}/{10 ** len(fixed) * (10 ** len(repeated) - 1)})"

@@ -4,18 +4,23 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from echorl_nemo.resilience.orphans import die_with_parent
-from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier
+from echorl_nemo.resilience.orphans import adopt_orphans, die_with_parent, end_orphans
+from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier, takes_row
 
 TIMED_OUT = "timed out"
 """How the failure of a verifier that took too long begins."""
+
+
+LARGEST_REWARD = 1e6
+"""Rewards are float32, and their squares are summed over a group."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,26 @@ class VerifierPool:
         self._workers, self._timeout = workers, timeout_seconds
         self._pool: ProcessPool | None = None
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> dict[str, list[Verdict]]:
-        """By verifier, the verdict on each (response, answer) pair, in order."""
-        return {name: self._score(name, pairs) for name in self.names}
+    def score(
+        self, pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, list[Verdict]]:
+        """By verifier, the verdict on each (response, answer) pair, in order. ``rows``: the data's row of each, for
+        verifiers that take one; none of them is asked for others."""
+        return {name: self._score(name, pairs, rows) for name in self.names}
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and what verifiers started in them."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+            end_orphans()
 
-    def _score(self, name: str, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def _score(self, name: str, pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         if name in INSTANT:
             return [Verdict(INSTANT[name](*pair)) for pair in pairs]
         if self._pool is None:
+            adopt_orphans()
             # spawned: a fork would share the threads and sockets of a rank
             self._pool = ProcessPool(
                 max_workers=self._workers,
@@ -58,8 +68,15 @@ class VerifierPool:
                 initargs=[self.names, os.getpid()],
                 context=multiprocessing.get_context("spawn"),
             )
-        futures = [self._pool.schedule(_verify, args=[name, *pair], timeout=self._timeout) for pair in pairs]
-        return [self._verdict(future) for future in futures]
+        wanted = rows or [{}] * len(pairs)
+        futures = [
+            self._pool.schedule(_verify, args=[name, *pair, row], timeout=self._timeout)
+            for pair, row in zip(pairs, wanted, strict=True)
+        ]
+        verdicts = [self._verdict(future) for future in futures]
+        if any(verdict.failure for verdict in verdicts):  # a worker that was killed left its children
+            end_orphans()
+        return verdicts
 
     def _verdict(self, future: ProcessFuture) -> Verdict:
         try:
@@ -74,6 +91,7 @@ class VerifierPool:
 
 def _start_worker(names: Sequence[str], rank: int) -> None:
     die_with_parent(rank)
+    os.setsid()  # by its session what a verifier starts is known; and a terminal's ctrl-C is the rank's
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a verifier prints is no output of the run
     for name in names:
         _cached_verifier(name)  # imports do not count against the first pair's time
@@ -84,13 +102,17 @@ def _cached_verifier(name: str) -> Verifier:
     return find_verifier(name)
 
 
-def _verify(name: str, response: str, answer: str) -> float:
-    worker = os.getpid()
+def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> float:
+    worker, verifier = os.getpid(), _cached_verifier(name)
     try:
-        reward = _cached_verifier(name)(response, answer)
+        reward: Any = verifier(response, answer, row) if takes_row(verifier) else verifier(response, answer)
     finally:
         if os.getpid() != worker:  # a copy that the verifier forked must not answer too
             os._exit(0)
+    if callable(getattr(reward, "item", None)):  # a number of numpy or torch
+        reward = reward.item()
     if not isinstance(reward, (int, float)) or not math.isfinite(reward):
         raise TypeError(f"returned {reward!r}, not a finite number")
+    if abs(reward) > LARGEST_REWARD:
+        raise ValueError(f"returned {reward!r}; rewards must lie in [{-LARGEST_REWARD:g}, {LARGEST_REWARD:g}]")
     return float(reward)

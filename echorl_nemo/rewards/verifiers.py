@@ -1,17 +1,19 @@
 """Verifiers by name."""
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.rewards.choice import choice
+from echorl_nemo.rewards.choice import choice, letter_of
 from echorl_nemo.rewards.exact import exact_line
 
-Verifier = Callable[[str, str], float]
-"""(response, reference answer) -> reward."""
+Verifier = Callable[..., float]
+"""(response, reference answer) -> reward, or (response, reference answer, row) -> reward."""
 
-INSTANT: dict[str, Verifier] = {"exact_line": exact_line, "choice": choice}
-"""Cannot hang or crash, so that they need no process of their own."""
+INSTANT: dict[str, Callable[[str, str], float]] = {"exact_line": exact_line, "choice": choice}
+"""Their time is linear in the text and they cannot crash, so that they need no process of their own."""
 
 
 def find_verifier(name: str) -> Verifier:
@@ -32,8 +34,38 @@ def find_verifier(name: str) -> Verifier:
         )
     try:
         verifier = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"reward {name!r} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
     if not callable(verifier):
         raise UserError(f"reward {name!r} is no function of (response, answer)")
+    if _positional(verifier) not in (2, 3):
+        raise UserError(f"reward {name!r} is no function of (response, answer) or (response, answer, row)")
     return verifier
+
+
+def takes_row(verifier: Verifier) -> bool:
+    """Whether a verifier wants the data's row, the prompt and every other column, as its third argument."""
+    return _positional(verifier) == 3
+
+
+def reference_problem(name: str, answer: str) -> str:
+    """Why no response could ever match a reference answer; empty if one could."""
+    if name == "choice" and not letter_of(answer):
+        return f"{answer!r} is no letter from A to J, and data.reward=choice compares letters"
+    return ""
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    """Arguments that a function must be, or may be, given by position, at most 3; 2 where that cannot be known."""
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function of C
+        return 2
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return 2
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters.values() if p.kind in places and p.default is inspect.Parameter.empty]
+    if len(required) in (0, 1, 2) and sum(kind in places for kind in kinds) >= 2:
+        return 2
+    return len(required)

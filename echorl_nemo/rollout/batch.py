@@ -6,8 +6,9 @@ same numbers everywhere. Generation, scoring and updates split it over data-para
 Shapes: N rollouts, S positions (longest prompt and response of the batch).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class RolloutBatch:
-    """Rollouts of some prompts, filled in as they pass through the rooms.
+    """Rollouts of some prompts, filled in from one phase of a step to the next.
 
     Every [N, S] tensor is aligned to the token it speaks of: ``logprobs[:, t]`` belongs to the distribution that
     PRODUCED token t (the logits of position t-1). All are 0 or False outside the response.
@@ -36,7 +37,9 @@ class RolloutBatch:
     prompts: list[str] = field(default_factory=list)
     """N prompts as text."""
     responses: list[str] = field(default_factory=list)
-    """N responses as text, without special tokens."""
+    """N responses as text, without special tokens unless `model.keep_special_tokens`."""
+    rows: list[Mapping[str, Any]] = field(default_factory=list)
+    """N rows of the data, for verifiers that take one; empty where none does."""
     rollout_logprobs: Tensor | None = None
     """[N, S] float32 nats, under the distribution sampled from before top-p and top-k."""
     rewards: Tensor | None = None

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from echorl_nemo.data.prompts import DataConfig, PromptData
+from echorl_nemo.data.config import DataConfig
+from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from echorl_nemo.report.logger import LoggerConfig, RunLogger, read_lines
+from echorl_nemo.report.config import LoggerConfig
+from echorl_nemo.report.logger import RunLogger, read_lines
 from echorl_nemo.rollout.batch import RolloutBatch
 
 

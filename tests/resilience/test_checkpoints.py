@@ -151,5 +151,5 @@ def test_settings() -> None:
     for name, value in (("keep_last", 0), ("keep_best", -1), ("keep_every", -1)):
         with pytest.raises(UserError, match=f"checkpoint.{name}={value} "):
             CheckpointConfig(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="resilience.max_skipped_steps=-1 is negative"):
+    with pytest.raises(UserError, match="resilience.max_skipped_steps=-1 must lie in"):
         ResilienceConfig(max_skipped_steps=-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
-from echorl_nemo.rollout.engine import RolloutConfig, TrtllmConfig
+from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
 from echorl_nemo.rollout.trtllm.api import load_api
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.rollout.trtllm.parts import in_buckets

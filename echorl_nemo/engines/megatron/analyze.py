@@ -1,6 +1,7 @@
 """The paper's motivating look: step-entropy profiles of golden solutions, of right and of wrong rollouts."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import EvaluateConfig
 
 
-def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+def run_rank(
+    config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
+) -> None:
     """Score golden solutions and fresh rollouts; the main rank writes `analysis.out` (.json and .png)."""
     settings = config.evaluation
     model = load_model(config, platform)
     scorer = MegatronScorer(model, temperature=config.rollout.temperature, micro_batch_size=settings.micro_batch_size)
     ends = boundary_ids(tokenizer, config.analysis.boundary)
-    rollouts, right, _ = verified_rollouts(config, model, tokenizer, data)
+    rollouts, right, _ = verified_rollouts(config, model, tokenizer, data, closers)
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
     if data.solutions:

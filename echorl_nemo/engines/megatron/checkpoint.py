@@ -40,7 +40,7 @@ from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.report.logger import CONFIG_FILE
+from echorl_nemo.report.config import CONFIG_FILE
 from echorl_nemo.resilience.checkpoints import CheckpointFolder, Sums, damages, sum_files
 from echorl_nemo.resilience.config import CheckpointConfig
 from echorl_nemo.resilience.orphans import die_with_parent

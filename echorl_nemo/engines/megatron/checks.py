@@ -15,7 +15,7 @@ from echorl_nemo.engines.megatron.layout import (
 )
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
-from echorl_nemo.report.logger import METRICS_FILE
+from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.rollout.trtllm.api import refused_problems

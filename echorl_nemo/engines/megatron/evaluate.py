@@ -1,6 +1,7 @@
 """Evaluation of a Hugging Face folder or a checkpoint on the problems of a data source."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import EvaluateConfig
 
 
-def run_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> None:
+def run_rank(
+    config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
+) -> None:
     """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
     settings = config.evaluation
     model = load_model(config, platform)
-    batch, right, failures = verified_rollouts(config, model, tokenizer, data)
+    batch, right, failures = verified_rollouts(config, model, tokenizer, data, closers)
     if not model.parallel.main:
         return
     right = right.view(len(data), settings.samples)
@@ -67,7 +70,7 @@ def load_model(config: EvaluateConfig, platform: Platform) -> PolicyModel:
 
 
 def verified_rollouts(
-    config: EvaluateConfig, model: PolicyModel, tokenizer: Tokenizer, data: PromptData
+    config: EvaluateConfig, model: PolicyModel, tokenizer: Tokenizer, data: PromptData, closers: ExitStack
 ) -> tuple[RolloutBatch, Tensor, list[dict[str, str]]]:
     """`evaluation.samples` rollouts of each problem, which of them are finished and right, [N] bool, and the verifiers'
     failures."""
@@ -77,8 +80,8 @@ def verified_rollouts(
     verifiers = VerifierPool(
         [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
     )
+    closers.callback(verifiers.close)
     failures = verify_rollouts(batch, verifiers, model.parallel)
-    verifiers.close()
     assert batch.rewards is not None
     return batch, (batch.rewards >= 1.0) & batch.finished, failures
 

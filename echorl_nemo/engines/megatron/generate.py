@@ -22,7 +22,8 @@ from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
-from echorl_nemo.rollout.engine import RolloutConfig, WeightSource
+from echorl_nemo.rollout.config import RolloutConfig
+from echorl_nemo.rollout.engine import WeightSource
 from echorl_nemo.rollout.sampling import rollout_uniforms, sample_tokens
 
 COMPACT_SHARE = 0.2
@@ -194,6 +195,7 @@ class _Decoding:
             group_ids=torch.tensor([prompt.group_id for prompt, _ in self.rows]),
             answers=[prompt.answer for prompt, _ in self.rows],
             prompts=[prompt.text for prompt, _ in self.rows],
+            rows=[prompt.row for prompt, _ in self.rows if prompt.row is not None],
             responses=[
                 self.engine.tokenizer.decode(row[mask].tolist())
                 for row, mask in zip(tokens, response_mask, strict=True)

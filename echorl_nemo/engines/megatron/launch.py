@@ -1,13 +1,15 @@
 """Starting ranks: under torchrun or srun this process is one of them, else the program starts its own."""
 
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -15,15 +17,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from echorl_nemo.engines.megatron.platform import Platform
-from echorl_nemo.errors import UserError, tell
+from echorl_nemo.errors import UserError
+from echorl_nemo.resilience.ending import OWN_LAUNCHER, RankEnding, Store, cause_was_said
 from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
 
-RankFunction = Callable[[], int]
-"""Gives an exit code."""
+RankFunction = Callable[[ExitStack], int]
+"""Gives an exit code; what it starts is closed by the callbacks that it leaves with the stack."""
+Connect = Callable[[], tuple[Store, int]]
+"""Gives the store that all ranks share, and this rank's number."""
 POLL_SECONDS = 0.1
+FOLDER_PREFIX = "echorl-"
+"""Of the temporary folder in which own ranks find each other."""
 
 
 def outer_world() -> int | None:
@@ -44,26 +52,23 @@ def launch(
     signals: StopSignals | None = None,
 ) -> int:
     """Run ``function`` on every one of ``world`` ranks with torch.distributed initialised; returns an exit code, that
-    of the ranks where all ended with the same.
+    of the ranks where all ended with the same. Under torchrun or srun this process is a rank, and ends here.
 
-    A rank that fails ends the others: nobody waits for the dead. SIGUSR1 and SIGTERM are passed on to the ranks, which
-    take them with ``signals``, or end.
+    A rank that fails ends the others. `SIGNALS` are passed on to the ranks, which take them with ``signals``, or end.
     """
-    outer = outer_world()
-    if outer is not None:
+    if outer_world() is not None:
         _adopt_slurm_environment()
-        return _as_rank(function, platform, "env://", int(os.environ["RANK"]), world, timeout_minutes)
-    with tempfile.TemporaryDirectory(prefix="echorl-") as folder:
-        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
-        if world == 1:
-            return _as_rank(function, platform, rendezvous, 0, 1, timeout_minutes)
-        platform.check_devices(world)
+        rank = int(os.environ["RANK"])
+        ending = RankEnding(rank)
+        ending.run(lambda closers: _as_rank(function, platform, ending, _outer_store, world, timeout_minutes, signals))
+    platform.check_devices(world)
+    with _rendezvous_folder() as folder:
         context: Any = multiprocessing.get_context(platform.start_method)
-        parent = os.getpid()
+        path, parent = str(folder / "rendezvous"), os.getpid()
         ranks = [
             context.Process(
                 target=_child,
-                args=(function, platform, rendezvous, rank, world, timeout_minutes, parent, signals),
+                args=(function, platform, path, rank, world, timeout_minutes, parent, signals),
                 name=f"rank {rank}",
             )
             for rank in range(world)
@@ -74,11 +79,11 @@ def launch(
             for process in ranks:
                 process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return _wait(ranks)
+            return _wait(ranks, _file_store(path, world))
 
 
-def _wait(ranks: list[Any]) -> int:
-    """The exit code of all ranks, 1 if they differ."""
+def _wait(ranks: list[Any], store: Store) -> int:
+    """The exit code of all ranks, 1 if they differ. Says which rank failed where no rank has said why."""
     try:
         while any(process.is_alive() for process in ranks) and not any(_failed(process) for process in ranks):
             time.sleep(POLL_SECONDS)
@@ -89,9 +94,10 @@ def _wait(ranks: list[Any]) -> int:
                 process.kill()  # a rank takes SIGTERM for a wish to be heard between steps
         for process in ranks:
             process.join()
-    for process in failed:
-        if process.exitcode < 0:
-            print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr)
+    if failed and not cause_was_said(store):
+        for process in failed:
+            how = f"exit code {process.exitcode}" if process.exitcode > 0 else f"signal {-process.exitcode}"
+            print(f"error: {process.name} (process {process.pid}) ended with {how}", file=sys.stderr)
     codes = {process.exitcode for process in ranks}
     return codes.pop() if len(codes) == 1 and not failed else 1
 
@@ -101,8 +107,24 @@ def _failed(process: Any) -> bool:
 
 
 @contextmanager
+def _rendezvous_folder() -> Iterator[Path]:
+    """A temporary folder, locked while it is used, so that one of a launcher that was killed is recognised and
+    removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/lock"):
+        try:
+            with left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent)
+        except OSError:  # another run's, or another user's
+            continue
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name, (Path(name) / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(name)
+
+
+@contextmanager
 def _passing_signals_on(ranks: list[Any]) -> Iterator[None]:
-    """While the ranks run, SIGUSR1 and SIGTERM are theirs."""
+    """While the ranks run, `SIGNALS` are theirs."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
         for process in ranks:
@@ -110,9 +132,11 @@ def _passing_signals_on(ranks: list[Any]) -> Iterator[None]:
                 os.kill(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -120,7 +144,7 @@ def _passing_signals_on(ranks: list[Any]) -> Iterator[None]:
 def _child(
     function: RankFunction,
     platform: Platform,
-    rendezvous: str,
+    meeting: str,
     rank: int,
     world: int,
     timeout_minutes: int,
@@ -128,36 +152,81 @@ def _child(
     signals: StopSignals | None,
 ) -> None:
     die_with_parent(parent)
-    if signals is not None:
-        signals.listen()
-    else:  # not the handlers of the process that this one was forked from
+    os.setpgid(0, 0)  # a terminal's ctrl-C goes to the launcher, which passes it on once
+    os.environ[OWN_LAUNCHER] = str(parent)
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(rank), str(world)
+    signal.set_wakeup_fd(-1)
+    if signals is None:  # not the handlers of the process that this one was forked from
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        sys.exit(_as_rank(function, platform, rendezvous, rank, world, timeout_minutes))
-    except UserError as error:
-        tell(error, rank=rank)
-        sys.exit(1)
+    ending = RankEnding(rank)
+
+    def connect() -> tuple[Store, int]:
+        return _file_store(meeting, world), rank
+
+    ending.run(lambda closers: _as_rank(function, platform, ending, connect, world, timeout_minutes, signals))
 
 
 def _as_rank(
-    function: RankFunction, platform: Platform, rendezvous: str, rank: int, world: int, timeout_minutes: int
+    function: RankFunction,
+    platform: Platform,
+    ending: RankEnding,
+    connect: Connect,
+    world: int,
+    timeout_minutes: int,
+    signals: StopSignals | None,
 ) -> int:
-    os.environ.setdefault("LOCAL_RANK", str(rank))
-    if platform.backend == "gloo":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if signals is not None:
+        signals.listen(end_at_once=ending.at_once, peer_is_gone=ending.peer_is_gone)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if platform.backend == "gloo" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cpus() // _local_ranks(world)))
     platform.device()
+    store, rank = connect()
     dist.init_process_group(
-        platform.backend,
-        init_method=rendezvous,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(minutes=timeout_minutes),
+        platform.backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes)
     )
-    code = function()
+    ending.meet(store, world)
+    code = function(ending.closers)
     dist.destroy_process_group()
     return code
+
+
+def _file_store(path: str, world: int) -> Store:
+    return dist.FileStore(path, world)  # type: ignore[attr-defined]
+
+
+def _outer_store() -> tuple[Store, int]:
+    """Of torchrun's or srun's environment variables."""
+    store, rank, _ = next(rendezvous("env://"))
+    return store, rank
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: those of its affinity mask, or as many as its cgroup's quota allows."""
+    affinity = len(os.sched_getaffinity(0))
+    for quota in _cgroup_quotas():
+        affinity = min(affinity, max(1, round(quota)))
+    return affinity
+
+
+def _cgroup_quotas() -> Iterator[float]:
+    """CPUs that control groups of version 2 and 1 allow, where they set a limit."""
+    root = Path("/sys/fs/cgroup")
+    for path in (root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"):
+        if not path.is_file():
+            continue
+        words = path.read_text(encoding="utf-8").split()
+        if len(words) == 1 and (period := path.with_name("cpu.cfs_period_us")).is_file():
+            words.append(period.read_text(encoding="utf-8").strip())
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            yield int(words[0]) / int(words[1])
+
+
+def _local_ranks(world: int) -> int:
+    """Ranks of this machine."""
+    slurm = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or slurm or world)
 
 
 def _adopt_slurm_environment() -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -105,14 +106,21 @@ def _platform(config: RunConfig | EvaluateConfig) -> Platform:
     return platform
 
 
-def _train_rank(config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform, signals: StopSignals) -> int:
+def _train_rank(
+    config: RunConfig,
+    config_yaml: str,
+    inputs: Inputs,
+    platform: Platform,
+    signals: StopSignals,
+    closers: ExitStack,
+) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.worker import run_rank
 
-    return run_rank(config, config_yaml, inputs, platform, signals)
+    return run_rank(config, config_yaml, inputs, platform, signals, closers)
 
 
-def _export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> int:
+def _export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform, _: ExitStack) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.worker import export_rank
 
@@ -120,19 +128,23 @@ def _export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platf
     return 0
 
 
-def _evaluate_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> int:
+def _evaluate_rank(
+    config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
+) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.evaluate import run_rank
 
-    run_rank(config, tokenizer, data, platform)
+    run_rank(config, tokenizer, data, platform, closers)
     return 0
 
 
-def _analyze_rank(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> int:
+def _analyze_rank(
+    config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
+) -> int:
     _prepare_rank(config.parallel.device)
     from echorl_nemo.engines.megatron.analyze import run_rank
 
-    run_rank(config, tokenizer, data, platform)
+    run_rank(config, tokenizer, data, platform, closers)
     return 0
 
 

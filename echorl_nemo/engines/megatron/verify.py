@@ -12,7 +12,9 @@ def verify_rollouts(batch: RolloutBatch, verifiers: VerifierPool, parallel: Para
     """Fill in ``batch.rewards`` (of the first verifier) and ``batch.reward_parts``; returns prompt, answer, verifier
     and failure of each verdict that could not be reached."""
     mine = range(dist.get_rank(), len(batch), dist.get_world_size())
-    verdicts = verifiers.score([(batch.responses[row], batch.answers[row]) for row in mine])
+    verdicts = verifiers.score(
+        [(batch.responses[row], batch.answers[row]) for row in mine], [batch.rows[row] for row in mine if batch.rows]
+    )
     found = [(name, row, verdict) for name in verdicts for row, verdict in zip(mine, verdicts[name], strict=True)]
     batch.reward_parts = {name: torch.zeros(len(batch)) for name in verifiers.names}
     failures = []

@@ -3,6 +3,7 @@
 import logging
 import socket
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import Step, Trainer
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.report.logger import METRICS_FILE, read_lines
+from echorl_nemo.report.config import METRICS_FILE
+from echorl_nemo.report.logger import read_lines
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.resilience.disk import full_disk_explained
 from echorl_nemo.resilience.lock import RunLock
@@ -34,36 +36,50 @@ REQUEUE_FILE = "requeue"
 
 
 def run_rank(
-    config: RunConfig, config_yaml: str, inputs: Inputs, platform: Platform, signals: StopSignals | None = None
+    config: RunConfig,
+    config_yaml: str,
+    inputs: Inputs,
+    platform: Platform,
+    signals: StopSignals,
+    closers: ExitStack,
 ) -> int:
     """Train from the start, or from the newest checkpoint of the run folder, to the last step. Returns the exit code:
     0, or that of a run which saved and wants to be started again.
 
-    ``signals``: what came before the ranks did.
+    ``signals`` listen already; ``closers`` get the callbacks that close what is started.
     """
-    signals = (signals or StopSignals()).listen()
     stop = StopRequest(config.resilience, job_deadline(config.resilience), signals)
     parallel = form_groups(config, platform)
     # ranks that resolved the configuration by themselves may differ in its time stamp
     folder = Path(parallel.of_main(lambda: config.trainer.run_dir))
-    lock: list[RunLock] = []
-    parallel.of_main(lambda: lock.append(RunLock(folder)))
+    parallel.of_main(lambda: _lock(folder, closers))
     with full_disk_explained(folder):
         watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
+        closers.callback(watch.close)
         watch.step(-1)
         watch.beat("load")
         trainer = build_trainer(config, inputs, platform, parallel, watch)
-        requeue = _Run(config, config_yaml, inputs, folder, trainer, stop).train()
-    for held in lock:
-        held.release()
+        closers.callback(trainer.close)
+        requeue = _Run(config, config_yaml, inputs, folder, trainer, stop, closers).train()
     return EXIT_REQUEUE if requeue else 0
+
+
+def _lock(folder: Path, closers: ExitStack) -> None:
+    closers.callback(RunLock(folder).release)
 
 
 class _Run:
     """The loop around the training step: what is recorded, saved, and when it ends."""
 
     def __init__(
-        self, config: RunConfig, config_yaml: str, inputs: Inputs, folder: Path, trainer: Trainer, stop: StopRequest
+        self,
+        config: RunConfig,
+        config_yaml: str,
+        inputs: Inputs,
+        folder: Path,
+        trainer: Trainer,
+        stop: StopRequest,
+        closers: ExitStack,
     ) -> None:
         self.config, self.config_yaml, self.inputs, self.folder = config, config_yaml, inputs, folder
         self.trainer, self.policy, self.parallel = trainer, trainer.policy, trainer.parallel
@@ -78,6 +94,7 @@ class _Run:
             self.recorder = Recorder(
                 folder, config_yaml, config.logger, steps=config.trainer.steps, first_step=first_step
             )
+            closers.callback(self.recorder.stop)
 
     def train(self) -> bool:
         """True if the run was asked to stop before its last step, and has saved."""
@@ -91,18 +108,17 @@ class _Run:
         if self.progress.step > self.saved:
             self._save(None)
         self.checkpoints.finish()
-        self.trainer.close()
+        self.trainer.rollout.close()  # an engine that shares the GPUs: an export takes memory
         stopped = self.progress.step < steps
         if not stopped and self.config.trainer.export:
             self.watch.beat("export")
             self.policy.model.export(self.folder / "export")
         self.watch.beat("stopped" if stopped else "done")
         self.watch.close()
-        if self.recorder is not None and stopped:
-            self._ask_to_be_requeued(reason)
-            self.recorder.stop()
-        elif self.recorder is not None:
-            self.recorder.finish()
+        if self.recorder is not None:
+            self.recorder.finish(summary=not stopped)
+            if stopped:
+                self._ask_to_be_requeued(reason)
         self.parallel.barrier()  # a rank that ends with a code of its own has srun kill the others
         return stopped
 
@@ -226,6 +242,9 @@ class _Run:
         saved = "saved" if self.progress.step else "nothing to save"
         told = f"stopped after step {self.progress.step}: {reason}; {saved}, exit code {EXIT_REQUEUE}"
         self.recorder.say(told)
+        self.recorder.say(
+            f"to go on: echorl-nemo train --config-dir={self.folder} --config-name=config trainer.resume=true"
+        )
         (self.folder / REQUEUE_FILE).write_text(f"{told}\n", encoding="utf-8")
 
 

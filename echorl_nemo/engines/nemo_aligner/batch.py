@@ -13,7 +13,7 @@ from nemo_aligner.algorithms.reinforce import ReinforceRolloutBatch
 from nemo_aligner.utils.distributed import rebalance_nd_tensor
 from torch import Tensor
 
-from echorl_nemo.data.source import read_rows
+from echorl_nemo.data.source import raise_bad_rows, read_rows
 from echorl_nemo.errors import UserError
 
 
@@ -66,17 +66,24 @@ class PromptDataset(torch.utils.data.Dataset):
         bad row.
         """
         self.rows: list[dict[str, Any]] = []
+        problems = []
         for where, row in read_rows(source, subset=None, split="train", field=field):
+            if isinstance(row, UserError):
+                problems.append(str(row))
+                continue
             text = row.get("prompt", row.get("text"))
             if not isinstance(text, str) or not text:
-                raise UserError(f"{where}: prompt={text!r} is no text; the row has {', '.join(row)}")
+                problems.append(f"{where}: prompt={text!r} is no text; the row has {', '.join(map(str, row))}")
+                continue
             tokens = tokenizer.text_to_ids(text)
             if len(tokens) > longest:
-                raise UserError(
+                problems.append(
                     f"{where}: the prompt has {len(tokens)} tokens; model.encoder_seq_length less "
                     f"model.grpo.length_params.max_length leaves {longest}"
                 )
+                continue
             self.rows.append({"tokens": tokens, "answer": str(row.get("answer", "")), "index": len(self.rows)})
+        raise_bad_rows(problems)
         if not self.rows:
             raise UserError(f"{field}={source} holds no prompt")
 

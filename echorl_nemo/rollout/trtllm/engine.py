@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.rollout.batch import RolloutBatch
-from echorl_nemo.rollout.engine import EngineError, Ranks, RolloutConfig, WeightSource
+from echorl_nemo.rollout.config import RolloutConfig
+from echorl_nemo.rollout.engine import EngineError, Ranks, WeightSource
 from echorl_nemo.rollout.sampling import rollout_seed
 from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
 from echorl_nemo.rollout.trtllm.log import log_tail

@@ -1,15 +1,17 @@
 """A native engine on the tiny task, on ranks that a test started."""
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from echorl_nemo.config import load_config
+from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.echo import segment_steps
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
@@ -18,7 +20,7 @@ quiet_libraries()
 PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.engines.megatron.trainer import Trainer  # noqa: E402
-from echorl_nemo.engines.megatron.worker import build_trainer, form_groups  # noqa: E402
+from echorl_nemo.engines.megatron.worker import build_trainer, form_groups, run_rank  # noqa: E402
 
 LAYOUTS = {
     "TP1": [],
@@ -57,6 +59,13 @@ def trainer_of(config: RunConfig) -> Trainer:
     config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
     watch = Watch(None, torch.distributed.get_rank(), limit_seconds=0)
     return build_trainer(config, check(config), PLATFORM, form_groups(config, PLATFORM), watch)
+
+
+def run_to_end(config: RunConfig, signals: StopSignals | None = None) -> int:
+    """On a rank: what `echorl-nemo train` does there; returns the exit code."""
+    with ExitStack() as closers:
+        signals = signals or StopSignals().listen()
+        return run_rank(config, to_yaml(config), check(config), PLATFORM, signals, closers)
 
 
 def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None) -> RolloutBatch:

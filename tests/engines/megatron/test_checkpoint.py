@@ -11,14 +11,12 @@ import torch.distributed as dist
 
 from benchmarks.chaos import assert_same_run, metrics_of
 from echorl_nemo.config import to_yaml
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
-from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.report.logger import METRICS_FILE
+from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config
+from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config
 
 Ranks = Callable[..., list[Any]]
 RUN = [
@@ -36,7 +34,7 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
 def run(config: RunConfig) -> int:
     """On a rank: train to the end."""
     logging.basicConfig(level=logging.WARNING, force=True)  # to standard error, as outside pytest
-    return run_rank(config, to_yaml(config), check(config), PLATFORM)
+    return run_to_end(config)
 
 
 def told_by(config: RunConfig) -> tuple[int, str]:

@@ -15,15 +15,13 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.chaos import metrics_of
-from echorl_nemo.config import to_yaml
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.trainer import Step, Trainer
-from echorl_nemo.engines.megatron.worker import run_rank
-from echorl_nemo.report.logger import FAILURES_FILE, METRICS_FILE, read_lines
+from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE
+from echorl_nemo.report.logger import read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopSignals
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config
+from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config
 from tests.engines.megatron.test_checkpoint import (
     RESUME,
     Ranks,
@@ -193,7 +191,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
 
 
 def _asked_while_loading(config: RunConfig) -> int:
-    return run_rank(config, to_yaml(config), check(config), PLATFORM, StopSignals("SIGUSR1"))
+    return run_to_end(config, StopSignals("SIGUSR1"))
 
 
 def test_a_signal_that_came_before_the_ranks_is_not_lost(ranks: Ranks, tmp_path: Path) -> None:
@@ -310,7 +308,7 @@ def _stand_in_the_folder(config: RunConfig, ready: str) -> int:
         return step(trainer)
 
     Trainer.step = waiting  # type: ignore[assignment, method-assign]
-    return run_rank(config, to_yaml(config), check(config), PLATFORM)
+    return run_to_end(config)
 
 
 def test_two_runs_in_one_folder(ranks: Ranks, tmp_path: Path) -> None:

@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from echorl_nemo.config import to_yaml
 from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.trainer import Trainer
-from echorl_nemo.engines.megatron.worker import run_rank
 from echorl_nemo.errors import UserError
-from echorl_nemo.report.logger import METRICS_FILE, read_lines
+from echorl_nemo.report.config import METRICS_FILE
+from echorl_nemo.report.logger import read_lines
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config, trainer_of
 from tests.rollout import stub_trtllm
 from tests.rollout.stub_trtllm import Behaviour
 
@@ -187,7 +186,7 @@ def _colocated(config: RunConfig) -> list[bool]:
 
 def _run(config: RunConfig) -> None:
     with stub_trtllm.install():
-        run_rank(config, to_yaml(config), check(config), PLATFORM)
+        run_to_end(config)
 
 
 def test_a_resumed_run_generates_with_its_own_weights(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def _faulty_run(config: RunConfig, behaviour: Behaviour) -> tuple[str, int]:
     """The error that ended a run, and how many engines' places were given back."""
     with stub_trtllm.install(behaviour):
         try:
-            run_rank(config, to_yaml(config), check(config), PLATFORM)
+            run_to_end(config)
         except UserError as error:
             return str(error), len(stub_trtllm.REMOVED_PLACES)
         return "", len(stub_trtllm.REMOVED_PLACES)

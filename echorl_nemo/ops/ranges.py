@@ -1,0 +1,82 @@
+"""What a setting may be, declared with its dataclass field: the interval of a number, the words of a choice.
+
+Standard library only, so that a configuration can be read and checked before torch is imported.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+INTERVAL = "interval"
+WORDS = "words"
+NOTE = "note"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of numbers in the usual notation: `[0, 1]`, `(0, 100]`."""
+
+    text: str
+
+    def __contains__(self, value: object) -> bool:
+        """False for NaN, for the infinities and for whatever is no number."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        low, high = self.bounds
+        above = value > low if self.text.startswith("(") else value >= low
+        return above and (value < high if self.text.endswith(")") else value <= high)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        low, high = self.text[1:-1].split(",")
+        return float(low), float(high)
+
+
+def number(default: Any, interval: str, note: str = "") -> Any:
+    """A dataclass field for a number, a list of numbers, or null where its type allows that.
+
+    ``default``: the value, or a function that makes a list. ``interval``: `[least, most]`, a round bracket where the
+    bound itself is not allowed. ``note``: why, or what to use instead; it ends the error message.
+    """
+    metadata = {INTERVAL: Interval(interval), NOTE: note}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
+
+
+def word(default: str, words: Sequence[str]) -> Any:
+    """A dataclass field for one of ``words``."""
+    return field(default=default, metadata={WORDS: tuple(words)})
+
+
+def field_problems(config: Any, prefix: str) -> list[str]:
+    """What of the dataclass ``config`` is outside its declared range; ``prefix`` is the key of the section."""
+    return list(_problems(config, prefix))
+
+
+def check_fields(
+    config: Any, prefix: str, more: Sequence[str] = (), error: Callable[[str], Exception] = ValueError
+) -> None:
+    """Raises ``error`` with every problem of ``config``, one a line: `field_problems`, and ``more``."""
+    if problems := [*field_problems(config, prefix), *more]:
+        raise error("\n".join(problems))
+
+
+def _problems(config: Any, prefix: str) -> Iterator[str]:
+    for spec in fields(config):
+        value, key = getattr(config, spec.name), f"{prefix}.{spec.name}"
+        words, interval = spec.metadata.get(WORDS), spec.metadata.get(INTERVAL)
+        if words is not None and value not in words:
+            yield f"{key}={value!r} is not known; use one of {', '.join(words)}"
+        if interval is None or value is None or value == "???":  # null where its type allows that; not given yet
+            continue
+        if wrong := [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item not in interval]:
+            note = f"; {spec.metadata[NOTE]}" if spec.metadata[NOTE] else ""
+            yield (
+                f"{key}={value}: {wrong[0]} must lie in {interval.text}{note}"
+                if isinstance(value, (list, tuple))
+                else f"{key}={value} must lie in {interval.text}{note}"
+            )

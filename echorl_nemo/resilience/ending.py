@@ -1,0 +1,171 @@
+"""How a rank ends: the cause is printed first and once, what was started is closed, and the process ends.
+
+Nothing that a library started can keep it: the processes that are left are killed, and the interpreter's own shutdown,
+which waits for them, is not entered.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import psutil
+import torch.distributed as dist
+
+from echorl_nemo.errors import UserError, print_error
+from echorl_nemo.resilience.orphans import end_descendants
+
+CLOSE_SECONDS = 10.0
+"""How long closing may take; then the process ends all the same."""
+STORE_SECONDS = 3.0
+"""How long the ranks' store may take to answer a rank that ends; the rank that holds it may be gone."""
+PEER_SECONDS = 3.0
+"""How long a rank that lost a peer leaves it to the peer, or to the launcher, to say why."""
+CAUSE_KEY = "echorl/cause"
+Store = Any
+"""torch.distributed.Store, which its stubs do not name."""
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether a collective failed: a peer is gone, or gave no answer in time."""
+    if isinstance(error, (dist.DistError, ConnectionError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed"))
+
+
+class RankEnding:
+    """The one way out of a rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.closers = ExitStack()
+        """Callbacks that close what the rank starts, run in reverse order."""
+        self._store: Store | None = None
+        self._peers: dict[int, tuple[str, int]] = {}
+        self._ending = threading.Lock()
+
+    def meet(self, store: Store, world: int) -> None:
+        """Learn the processes of the other ranks through ``store``, which every rank has."""
+        own = (socket.gethostname(), os.getpid())
+        store.set(_process_key(self.rank), json.dumps(own))
+        values = store.multi_get([_process_key(rank) for rank in range(world)])
+        peers = {rank: tuple(json.loads(value)) for rank, value in enumerate(values) if rank != self.rank}
+        # containers of one host may not see each other's processes
+        self._peers = {rank: peer for rank, peer in peers.items() if peer[0] == own[0] and _lives(peer[1])}
+        self._store = store
+
+    def run(self, work: Callable[[ExitStack], int]) -> NoReturn:
+        """End the process with the exit code that ``work`` returns, or with 1 after what it raises."""
+        try:
+            code = work(self.closers)
+        except BaseException as error:  # noqa: BLE001  whatever it is, it is printed here, and the process ends
+            self._print_cause(error)
+            code = 1
+        self._end(code)
+
+    def at_once(self, why: str) -> None:
+        """End the process from another thread, with ``why`` or the peer that is gone as the cause."""
+        if self._ending.acquire(blocking=False):
+            self._say(why or self._gone_peers())
+            _kill_and_exit(1)
+        threading.Event().wait()  # the end is under way
+
+    def peer_is_gone(self) -> bool:
+        """Whether the process of a rank on this host has ended."""
+        return any(not _lives(process) for _, process in self._peers.values())
+
+    def _print_cause(self, error: BaseException) -> None:
+        if is_communication_error(error):
+            deadline = time.monotonic() + PEER_SECONDS
+            while time.monotonic() < deadline and not self.peer_is_gone():
+                time.sleep(0.1)
+            time.sleep(0.5 if self.peer_is_gone() else 0.0)  # its launcher, or the peer itself, says why
+            if self.peer_is_gone():
+                self._say(self._gone_peers())
+                return
+        if not self._first_to_say():
+            return
+        if isinstance(error, UserError):
+            print_error(error)
+        else:
+            print(f"rank {self.rank} on {socket.gethostname()} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        sys.stderr.flush()
+
+    def _say(self, why: str) -> None:
+        if why and self._first_to_say():
+            print(f"error: {why}", file=sys.stderr, flush=True)
+
+    def _gone_peers(self) -> str:
+        """The ranks of this host that are gone; empty where the program itself started them, and says so itself."""
+        if OWN_LAUNCHER in os.environ:
+            return ""
+        gone = [f"rank {rank} (process {process} on {host})" for rank, (host, process) in self._peers.items()
+                if not _lives(process)]  # fmt: skip
+        return f"{', '.join(gone)} ended without a word: rank {self.rank} cannot go on" if gone else ""
+
+    def _first_to_say(self) -> bool:
+        """Whether no rank has printed a cause yet. True, too, if the store gives no answer."""
+        if self._store is None:
+            return True
+        answers: list[int] = []
+        asking = threading.Thread(target=_count_up, args=(self._store, answers), daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)
+        return not answers or answers[0] == 1
+
+    def _end(self, code: int) -> NoReturn:
+        self._ending.acquire()
+        late = threading.Timer(CLOSE_SECONDS, _kill_and_exit, [code or 1])
+        late.daemon = True
+        late.start()
+        try:
+            self.closers.close()
+        except BaseException as error:  # noqa: BLE001  the process ends either way
+            if code == 0:
+                code = 1
+                self._print_cause(error)
+            else:
+                print(f"warning: while rank {self.rank} was closed: {error!r}", file=sys.stderr)
+        _kill_and_exit(code)
+
+
+OWN_LAUNCHER = "ECHORL_OWN_LAUNCHER"
+"""Environment variable of ranks that this program started: it names the rank that ended without a word."""
+
+
+def cause_was_said(store: Store) -> bool:
+    """Whether a rank has printed why the run ends."""
+    return bool(store.add(CAUSE_KEY, 0))
+
+
+def _count_up(store: Any, answers: list[int]) -> None:
+    try:
+        answers.append(store.add(CAUSE_KEY, 1))
+    except (RuntimeError, OSError):  # the rank that held the store is gone
+        return
+
+
+def _process_key(rank: int) -> str:
+    return f"echorl/process/{rank}"
+
+
+def _lives(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill_and_exit(code: int) -> NoReturn:
+    end_descendants()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,25 @@
+r"""What a response boxes: \boxed{} and \fbox{}, found in one pass over the text."""
+
+import re
+
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> tuple[int, str] | None:
+    r"""(place, content) of the box that opens last, of those that close; None without one.
+
+    Braces in the content are balanced; \{ and \} do not count as braces. The time is linear in the text.
+    """
+    best: tuple[int, int] | None = None
+    opened: list[int] = []  # where the content of a box starts, 0 for another brace
+    for token in _TOKEN.finditer(text):
+        word = token[0]
+        if word == "}":
+            start = opened.pop() if opened else 0
+            if start and (best is None or start > best[0]):
+                best = (start, token.start())
+        elif word == "{":
+            opened.append(0)
+        elif len(word) > 2:
+            opened.append(token.end())
+    return None if best is None else (best[0], text[best[0] : best[1]])
