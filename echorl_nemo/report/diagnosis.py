@@ -32,9 +32,52 @@ def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def changed_settings(before: str, after: str) -> list[str]:
+NEARLY_ALL = 0.9
+
+
+def step_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
+    """Warnings about the latest of the steps whose metrics ``history`` holds: each when its cause appears, and every
+    `WINDOW` steps while it stays."""
+    now = _conditions(history[-1])
+    before = _conditions(history[-2]) if len(history) > 1 else {}
+    due = len(history) % WINDOW == 0
+    return [text for name, text in now.items() if due or name not in before]
+
+
+def lasting_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
+    """Warnings about a whole run: what most of its latest `WINDOW` steps have in common."""
+    last = [_conditions(row) for row in history[-WINDOW:]]
+    names = [name for name in last[-1] if sum(name in each for each in last) > len(last) / 2] if last else []
+    return [last[-1][name] for name in names]
+
+
+def _conditions(row: dict[str, Any]) -> dict[str, str]:
+    """What of a step's metrics asks for a person, by name."""
+    found = {}
+    if row.get("truncated", 0.0) >= NEARLY_ALL:
+        found["truncated"] = (
+            f"{row['truncated']:.0%} of the rollouts were truncated: no stop token was sampled; raise "
+            "rollout.max_new_tokens, or name the token that ends a turn in model.stop_tokens"
+        )
+    if row.get("echorl.clips") == 0.0:
+        found["clips"] = (
+            "no EchoClip was found: no finished rollout reached echorl.success_reward; look at truncated and reward"
+        )
+    if row.get("echorl.unsegmented", 0.0) >= NEARLY_ALL:
+        found["unsegmented"] = (
+            f"{row['echorl.unsegmented']:.0%} of the responses have no boundary, so that the clip is the whole "
+            "response; choose echorl.boundary for this tokenizer and task"
+        )
+    return found
+
+
+def changed_settings(before: str | bytes, after: str) -> list[str]:
     """The keys in which two configurations differ, with both values; each a YAML text as a run folder keeps it."""
-    ours, theirs = (_flat(yaml.safe_load(text)) for text in (after, before))
+    try:
+        theirs = _flat(dict(yaml.safe_load(before)))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
+        return ["the configuration of the last attempt cannot be read: what changed is not known"]
+    ours = _flat(yaml.safe_load(after))
     return [
         f"{key}={theirs.get(key)} became {ours.get(key)}"
         for key in sorted(ours.keys() | theirs.keys())

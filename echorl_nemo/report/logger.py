@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,43 @@ class RunLogger:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of the run folder; none if the file is not there. A last line that a killed run did
-    not finish does not count."""
-    if not path.is_file():
-        return []
-    *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
+    """The JSON objects of a file of the run folder; none if the file is not there. Left out, with a warning that names
+    it: a line that is damaged, and a last one that a killed run did not finish."""
+    rows, damaged, unfinished = _parse(path)
+    say = logging.getLogger(__name__).warning
+    for number, _, why in damaged:
+        say("%s:%d: damaged and left out: %s", path, number, why)
     if unfinished:
-        logging.getLogger(__name__).warning("%s: its last line was not finished and is left out", path)
-    return [json.loads(line) for line in lines if line]
+        say("%s: its last line was not finished and is left out", path)
+    return rows
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes, str]], bytes]:
+    """The rows of a file, its damaged lines (number, line, what is wrong), and what follows its last line."""
+    if not path.is_file():
+        return [], [], b""
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+            damaged.append((number, line, str(error)))
+    return rows, damaged, unfinished
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every number that is not finite: JSON has none of those."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _record(
@@ -87,16 +117,28 @@ def _record(
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+    _append_lines(path, [json.dumps(finite(row), ensure_ascii=False).encode() for row in rows])
+
+
+def _append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    if lines:
+        with path.open("ab") as file:
+            file.writelines(line + b"\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave out the rows that are not to be kept; a damaged line, or one without a step, is set aside."""
+    rows, damaged, _ = _parse(path)
+    damaged += [(0, json.dumps(row).encode(), "no step") for row in rows if not isinstance(row.get("step"), int)]
+    if damaged:
+        aside = path.with_suffix(".damaged")
+        _append_lines(aside, [line for _, line, _ in damaged])
+        for number, _, why in damaged:
+            logging.getLogger(__name__).warning("%s:%d: damaged (%s), set aside in %s", path, number, why, aside)
     if path.is_file():
         partial = path.with_suffix(".partial")
-        partial.write_text("", encoding="utf-8")
-        _append(partial, (row for row in read_lines(path) if keep(row)))
+        partial.write_bytes(b"")
+        _append(partial, (row for row in rows if isinstance(row.get("step"), int) and keep(row)))
         partial.replace(path)

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE
-from echorl_nemo.report.diagnosis import WINDOW, stop_bias_warning
-from echorl_nemo.report.logger import read_lines
+from echorl_nemo.report.diagnosis import WINDOW, lasting_warnings, stop_bias_warning
+from echorl_nemo.report.logger import finite, read_lines
 
 TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -61,41 +61,54 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     groups = [
         group
         for (name, records), (_, config) in zip(rollouts, configs, strict=True)
-        for group in group_records(name, records, success_reward=_success_reward(config))
+        for group in group_records(
+            name, records, success_reward=_setting(config, "success_reward", 1.0), reduction=_reduction(config)
+        )
     ]
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         names=names,
-        warnings=[warning for name, rows in metrics if (warning := _warning(name, rows))],
-        charts=[_chart(title, series, metrics) for title, series in CURVES] + _peak_charts(rollouts),
+        warnings=[f"{name}: {warning}" for name, rows in metrics for warning in _warnings(rows)],
+        charts=[_chart(title, series, metrics) for title, series in CURVES]
+        + _peak_charts(rollouts, [_reduction(config) for _, config in configs]),
         # "<" would let a rollout's text end the script element
-        data=json.dumps(groups, ensure_ascii=False).replace("<", "\\u003c"),
+        data=json.dumps(finite(groups), ensure_ascii=False).replace("<", "\\u003c"),
         shade=FULL_SHADE_NATS,
         configs=configs,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def group_records(run: str, records: Sequence[dict[str, Any]], *, success_reward: float = 1.0) -> list[dict[str, Any]]:
+def group_records(
+    run: str, records: Sequence[dict[str, Any]], *, success_reward: float = 1.0, reduction: str = "mean"
+) -> list[dict[str, Any]]:
     """The kept rollouts of a run by group: `pattern` (all right, mixed, all wrong), `marks` (how many of them are
-    rewarded with at least ``success_reward``), `peak` (highest step mean, nats) and the rollouts."""
+    rewarded with at least ``success_reward``), `reduction` (`echorl.step_reduction`), `peak` (highest step entropy by
+    it, nats) and the rollouts."""
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for record in records:
         rollout = {**record, "clip": record["clip"] or [0] * len(record["tokens"])}
         groups.setdefault((record["step"], record["group"]), []).append(rollout)
     made = []
     for (step, _), rollouts in groups.items():
-        right = sum(rollout["reward"] >= success_reward for rollout in rollouts)
+        right = sum((rollout["reward"] or 0.0) >= success_reward for rollout in rollouts)
         pattern = "all right" if right == len(rollouts) else "mixed" if right else "all wrong"
-        peak = max((max(_step_means(rollout), default=0.0) for rollout in rollouts), default=0.0)
+        peak = max((max(_step_entropies(rollout, reduction), default=0.0) for rollout in rollouts), default=0.0)
         marks = f"{right} of {len(rollouts)} right"
-        made.append({"run": run, "step": step, "pattern": pattern, "marks": marks, "peak": peak, "rollouts": rollouts})
+        made.append(
+            {"run": run, "step": step, "pattern": pattern, "marks": marks, "reduction": reduction, "peak": peak,
+             "rollouts": rollouts}
+        )  # fmt: skip
     return made
 
 
-def _success_reward(config: str) -> float:
-    """`echorl.success_reward` of a run's configuration, as text; 1 where the folder has none."""
-    return float(((yaml.safe_load(config) or {}).get("echorl") or {}).get("success_reward", 1.0))
+def _setting(config: str, name: str, default: Any) -> Any:
+    """`echorl.NAME` of a run's configuration, as text; ``default`` where the folder has none."""
+    return ((yaml.safe_load(config) or {}).get("echorl") or {}).get(name, default)
+
+
+def _reduction(config: str) -> str:
+    return str(_setting(config, "step_reduction", "mean"))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -104,17 +117,25 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _warning(name: str, rows: list[dict[str, Any]]) -> str:
+def _warnings(rows: list[dict[str, Any]]) -> list[str]:
     steps = [row for row in rows if "response_length" in row]
-    warning = stop_bias_warning(steps[: len(steps) // WINDOW * WINDOW])
-    return f"{name}: {warning}" if warning else ""
+    stop_bias = stop_bias_warning(steps[: len(steps) // WINDOW * WINDOW])
+    return [*lasting_warnings(steps), *([stop_bias] if stop_bias else [])]
 
 
-def _step_means(rollout: dict[str, Any]) -> list[float]:
-    sums: dict[int, list[float]] = {}
+REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "max": max,
+    "sum": sum,
+}
+"""By `echorl.step_reduction`, the step entropy of token entropies."""
+
+
+def _step_entropies(rollout: dict[str, Any], reduction: str) -> list[float]:
+    steps: dict[int, list[float]] = {}
     for entropy, step in zip(rollout["entropies"], rollout["steps"], strict=True):
-        sums.setdefault(step, []).append(entropy)
-    return [sum(values) / len(values) for values in sums.values()]
+        steps.setdefault(step, []).append(entropy or 0.0)  # null: it was not finite
+    return [REDUCTIONS[reduction](values) for values in steps.values()]
 
 
 def _chart(title: str, series: dict[str, str], runs: Sequence[Run]) -> str:
@@ -135,13 +156,13 @@ def _chart(title: str, series: dict[str, str], runs: Sequence[Run]) -> str:
     return _svg(figure, axes)
 
 
-def _peak_charts(runs: Sequence[Run]) -> list[str]:
-    """Where the peaks of the kept responses lie, and on which of their lines."""
+def _peak_charts(runs: Sequence[Run], reductions: Sequence[str]) -> list[str]:
+    """Where the peaks of the kept responses lie, and on which of their lines, by each run's step reduction."""
     position, position_axes = _figure("where peaks lie", "relative position among the response's steps")
     line, line_axes = _figure("on which line peaks fall", "line of the response")
-    for run, records in runs:
-        means = [found for record in records if (found := _step_means(record))]
-        peaks = [(values.index(max(values)), len(values)) for values in means]
+    for (run, records), reduction in zip(runs, reductions, strict=True):
+        steps = [found for record in records if (found := _step_entropies(record, reduction))]
+        peaks = [(values.index(max(values)), len(values)) for values in steps]
         label = run if len(runs) > 1 else None
         places = [(peak + 0.5) / count for peak, count in peaks]
         position_axes.hist(places, bins=BINS, range=(0, 1), histtype="step", label=label)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig
 from echorl_nemo.report.console import RunConsole
-from echorl_nemo.report.diagnosis import changed_settings, stop_bias_warning
+from echorl_nemo.report.diagnosis import changed_settings, step_warnings, stop_bias_warning
 from echorl_nemo.report.logger import RunLogger, read_lines
 from echorl_nemo.report.page import write_report
 from echorl_nemo.rollout.batch import RolloutBatch
@@ -22,7 +22,7 @@ class Recorder:
         self._stopped = False
         self.logger = RunLogger(folder, config, first_step=first_step)
         before = folder / CONFIG_FILE
-        changes = changed_settings(before.read_text(encoding="utf-8"), config_yaml) if before.is_file() else []
+        changes = changed_settings(before.read_bytes(), config_yaml) if before.is_file() else []
         before.write_text(config_yaml, encoding="utf-8")
         self.console = RunConsole(steps, first_step=first_step, progress=config.progress)
         self.console.start()
@@ -54,7 +54,8 @@ class Recorder:
             self.logger.rollouts(step, batch, step_ids, pieces)
         self.console.step(step, metrics)
         self._history.append(metrics)
-        if warning := stop_bias_warning(self._history):
+        stop_bias = stop_bias_warning(self._history)
+        for warning in [*step_warnings(self._history), *([stop_bias] if stop_bias else [])]:
             self.console.say(f"warning: {warning}")
         if "eval.accuracy" in metrics:
             self.console.evaluation(metrics)

@@ -1,8 +1,8 @@
 """Scores of an evaluation: pass@1, pass@k, maj@k, each with a 95 % interval by bootstrap over problems."""
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,30 +28,45 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_correct(answers: Sequence[str], correct: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right; on a tie the mean over those that tie. Empty answers do not vote."""
-    votes: dict[str, int] = {}
-    for answer in answers:
-        if answer:
-            votes[answer] = votes.get(answer, 0) + 1
+NO_VOTE = -1
+
+
+def vote_pairs(answers: Sequence[str], correct: Sequence[bool]) -> list[tuple[int, int]]:
+    """The pairs (later, earlier) of a problem's rollouts whose wrong answers are written differently, so that their
+    verifier has to say whether they are equal; one rollout for each way of writing."""
+    right = {answer for answer, ok in zip(answers, correct, strict=True) if ok}
+    first = {answer: i for i, answer in reversed(list(enumerate(answers))) if answer and answer not in right}
+    places = sorted(first.values())
+    return [(later, earlier) for later in places for earlier in places if earlier < later]
+
+
+def vote_classes(answers: Sequence[str], correct: Sequence[bool], equal: Collection[tuple[int, int]]) -> list[int]:
+    """For each rollout of a problem the class of answers that it votes for, `NO_VOTE` of an empty answer. All right
+    answers are one class, however they are written; ``equal`` are those of `vote_pairs` that are equal."""
+    same_as = dict(enumerate(range(len(answers))))
+    for later, earlier in sorted(equal):
+        same_as[later] = min(same_as[later], same_as[earlier])
+    first: dict[str, int] = {}
+    right = {answer for answer, ok in zip(answers, correct, strict=True) if ok}
+    classes = []
+    for i, (answer, ok) in enumerate(zip(answers, correct, strict=True)):
+        if ok or (answer and answer in right):
+            classes.append(len(answers))
+        elif not answer:
+            classes.append(NO_VOTE)
+        else:
+            classes.append(same_as[first.setdefault(answer, i)])
+    return classes
+
+
+def majority_correct(classes: Sequence[int], correct: Sequence[bool]) -> float:
+    """Whether the class with most votes is right; on a tie the mean over those that tie. `NO_VOTE` does not count."""
+    votes = Counter(each for each in classes if each != NO_VOTE)
     if not votes:
         return 0.0
-    leaders = [answer for answer, count in votes.items() if count == max(votes.values())]
-    right = [any(ok for own, ok in zip(answers, correct, strict=True) if own == answer) for answer in leaders]
+    leaders = [each for each, count in votes.items() if count == max(votes.values())]
+    right = [any(ok for own, ok in zip(classes, correct, strict=True) if own == each) for each in leaders]
     return sum(right) / len(right)
-
-
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-_MARKED = re.compile(r"(?:A|[Aa]nswer)\s*:\s*\$?([^\n$]+)")
-
-
-def final_answer(response: str) -> str:
-    """What votes for a response: its last boxed expression, else what follows its last `A:` or `Answer:`, spaces left
-    out; empty if there is neither."""
-    for pattern in (_BOXED, _MARKED):
-        if found := pattern.findall(response):
-            return "".join(found[-1].split()).rstrip(".")
-    return ""
 
 
 def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> Score:
@@ -64,17 +79,17 @@ def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> Score:
 
 
 def score_problems(
-    correct: Sequence[Sequence[bool]], answers: Sequence[Sequence[str]], ks: Sequence[int], *, resamples: int, seed: int
+    correct: Sequence[Sequence[bool]], votes: Sequence[Sequence[int]], ks: Sequence[int], *, resamples: int, seed: int
 ) -> dict[str, Score]:
     """Scores of problems, each with the same number of rollouts: `pass@1` (the mean of k), `pass@k` for each of ``ks``,
-    and `maj@n` over all n rollouts."""
+    and `maj@n` over all n rollouts, whose ``votes`` are `vote_classes`."""
     samples = len(correct[0])
     estimates: dict[str, Callable[[int], float]] = {"pass@1": lambda i: sum(correct[i]) / samples}
     for k in ks:
         if k > 1:
             estimates[f"pass@{k}"] = lambda i, k=k: pass_at_k(samples, sum(correct[i]), k)  # type: ignore[misc]
     if samples > 1:
-        estimates[f"maj@{samples}"] = lambda i: majority_correct(answers[i], correct[i])
+        estimates[f"maj@{samples}"] = lambda i: majority_correct(votes[i], correct[i])
     return {
         name: bootstrap([estimate(i) for i in range(len(correct))], resamples=resamples, seed=seed)
         for name, estimate in estimates.items()

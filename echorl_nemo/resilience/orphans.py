@@ -7,6 +7,8 @@ import signal
 
 import psutil
 
+ORPHAN_MARK = "ECHORL_STARTED_BY_A_VERIFIER"
+"""Environment variable of what a verifier starts."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 """prctl(2), Linux."""
@@ -25,13 +27,20 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
+def mark_what_follows() -> None:
+    """Have the programs that this process starts from now on known to `end_orphans`, whatever session they are in."""
+    os.environ[ORPHAN_MARK] = "1"
+
+
 def end_orphans() -> None:
-    """Kill the adopted children whose session leader is gone: what a verifier forked in a worker that has ended."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, ChildProcessError):
-            if not psutil.pid_exists(os.getsid(child.pid)):
-                child.kill()
-                os.waitpid(child.pid, 0)
+    """Kill what the helpers of this process that have ended left behind: adopted children that are marked, or whose
+    session leader is gone."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if not psutil.pid_exists(os.getsid(child.pid)) or ORPHAN_MARK in child.environ():
+                for process in (*child.children(recursive=True), child):
+                    process.kill()
+                child.wait(timeout=5)
 
 
 def end_descendants() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from echorl_nemo.resilience.orphans import adopt_orphans, die_with_parent, end_orphans
+from echorl_nemo.resilience.orphans import adopt_orphans, die_with_parent, end_orphans, mark_what_follows
 from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier, takes_row
 
 TIMED_OUT = "timed out"
@@ -91,7 +91,8 @@ class VerifierPool:
 
 def _start_worker(names: Sequence[str], rank: int) -> None:
     die_with_parent(rank)
-    os.setsid()  # by its session what a verifier starts is known; and a terminal's ctrl-C is the rank's
+    os.setsid()  # by its session what a verifier forks is known; and a terminal's ctrl-C is the rank's
+    mark_what_follows()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a verifier prints is no output of the run
     for name in names:
         _cached_verifier(name)  # imports do not count against the first pair's time

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echorl_nemo.report.scores import bootstrap, final_answer, majority_correct, pass_at_k, score_problems
+from echorl_nemo.report.scores import (
+    bootstrap,
+    majority_correct,
+    pass_at_k,
+    score_problems,
+    vote_classes,
+    vote_pairs,
+)
+from echorl_nemo.rewards.final import final_answer
 
 
 @given(st.integers(1, 9), st.data())
@@ -20,12 +28,27 @@ def test_pass_at_k_of_more_than_there_are_is_refused() -> None:
         pass_at_k(4, 1, 5)
 
 
+def votes(answers: list[str], correct: list[bool], *equal: tuple[int, int]) -> float:
+    return majority_correct(vote_classes(answers, correct, set(equal)), correct)
+
+
 def test_majorities() -> None:
-    assert majority_correct(["3", "3", "4"], [True, True, False]) == 1.0
-    assert majority_correct(["3", "4", "4"], [True, False, False]) == 0.0
-    assert majority_correct(["3", "4"], [True, False]) == 0.5
-    assert majority_correct(["", "", "4"], [False, False, True]) == 1.0
-    assert majority_correct(["", ""], [False, False]) == 0.0
+    assert votes(["3", "3", "4"], [True, True, False]) == 1.0
+    assert votes(["3", "4", "4"], [True, False, False]) == 0.0
+    assert votes(["3", "4"], [True, False]) == 0.5
+    assert votes(["", "", "4"], [False, False, True]) == 1.0
+    assert votes(["", ""], [False, False]) == 0.0
+
+
+def test_votes_are_grouped_by_equality() -> None:
+    right = [True, True, True, False, False]
+    assert votes([r"\frac{1}{2}", "0.5", "1/2", "3", "3"], right) == 1.0
+    wrong = ["1", "0.25", "1/4", "1", "25%"]
+    correct = [True, False, False, True, False]
+    assert vote_pairs(wrong, correct) == [(2, 1), (4, 1), (4, 2)]
+    assert votes(wrong, correct) == 1.0
+    assert votes(wrong, correct, (2, 1), (4, 2)) == 0.0
+    assert vote_pairs(["1", "1", ""], [True, False, False]) == []
 
 
 @pytest.mark.parametrize(
@@ -36,6 +59,13 @@ def test_majorities() -> None:
         ("The answer: 4 apples.", "4apples"),
         ("Answer: $x + 1$", "x+1"),
         ("no idea", ""),
+        ("The answer is 5.", "5"),
+        ("so 2 + 3 = 5\n#### 5", "5"),
+        (r"\boxed{\frac{\sqrt{\frac{x_{1}}{2}}}{2}}", r"\frac{\sqrt{\frac{x_{1}}{2}}}{2}"),
+        (r"\fbox{7}", "7"),
+        ("**Answer:** 12", "12"),
+        ("Answer:\n\n8", "8"),
+        (r"\boxed{2", ""),
     ],
 )
 def test_final_answers(response: str, answer: str) -> None:
@@ -55,7 +85,8 @@ def test_the_interval_covers_its_mean_and_shrinks_like_the_standard_error() -> N
 def test_scores_of_problems_with_known_correctness() -> None:
     correct = [[True] * 4, [True, False, False, False], [False] * 4]
     answers = [["1"] * 4, ["2", "3", "3", "4"], ["5"] * 4]
-    scores = score_problems(correct, answers, [1, 2, 4], resamples=100, seed=0)
+    classes = [vote_classes(given, right, ()) for given, right in zip(answers, correct, strict=True)]
+    scores = score_problems(correct, classes, [1, 2, 4], resamples=100, seed=0)
     assert {name: score.value for name, score in scores.items()} == pytest.approx(
         {"pass@1": (1 + 0.25) / 3, "pass@2": (1 + 0.5) / 3, "pass@4": 2 / 3, "maj@4": 1 / 3}, abs=1e-12
     )

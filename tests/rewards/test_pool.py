@@ -30,7 +30,10 @@ def test_a_verifier_that_forks_answers_once() -> None:
     verdicts = pool.score([("fork", "right")] * 3 + [("fine", "right")])[MISBEHAVE]
     assert verdicts == [Verdict(1.0)] * 4
     copies = [grandchild for child in psutil.Process().children() for grandchild in child.children()]
-    assert [copy.status() for copy in copies if copy.status() != psutil.STATUS_ZOMBIE] == []
+    deadline = time.monotonic() + 60
+    while any(copy.is_running() and copy.status() != psutil.STATUS_ZOMBIE for copy in copies):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     pool.close()
 
 
@@ -65,3 +68,31 @@ def test_instant_verifiers_start_no_process() -> None:
 @pytest.mark.parametrize("count", [0])
 def test_no_pairs(count: int) -> None:
     assert VerifierPool(["math"], workers=1, timeout_seconds=1.0).score([]) == {"math": []}
+
+
+def test_numbers_of_numpy_and_torch_are_rewards_and_a_huge_one_is_none() -> None:
+    name = "tests.rewards.verifiers:numpy_numbers"
+    pool = VerifierPool([name], workers=1, timeout_seconds=60.0)
+    verdicts = pool.score([(kind, "") for kind in ("float32", "bool", "tensor", "huge")])[name]
+    pool.close()
+    assert verdicts[:3] == [Verdict(1.0)] * 3
+    assert verdicts[3].failure == "raised ValueError: returned 1e+300; rewards must lie in [-1e+06, 1e+06]"
+
+
+def test_a_verifier_gets_its_row() -> None:
+    name = "tests.rewards.verifiers:asks_the_row"
+    pool = VerifierPool([name, "exact_line"], workers=1, timeout_seconds=60.0)
+    rows = [{"answer": "3", "tests": ["assert f(1) == 2"]}, {"answer": "4", "tests": []}]
+    verdicts = pool.score([("3", "3"), ("4", "4")], rows)
+    pool.close()
+    assert [verdict.reward for verdict in verdicts[name]] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("response", ["fine", "hang"])
+def test_what_a_verifier_starts_ends_with_the_pool(response: str) -> None:
+    name = "tests.rewards.verifiers:forks"
+    pool = VerifierPool([name], workers=1, timeout_seconds=1.0)
+    pool.score([(response, "")])
+    pool.close()
+    left = [child for child in psutil.Process().children(recursive=True) if child.name() == "sleep"]
+    assert [child for child in left if child.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,42 +1,82 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.rewards import exact_line, find_verifier
+from echorl_nemo.rewards import find_verifier, reference_problem, takes_row
+from echorl_nemo.rewards.boxed import last_box
+from tests.rewards.cases import CASES, page
 
 
 @pytest.mark.parametrize(
-    ("response", "reward"),
-    [
-        ("a6+7=3\nA:3\n", 1.0),
-        ("A: 3", 1.0),
-        ("A:3\n\n", 1.0),
-        ("A:4\n", 0.0),
-        ("A:3\nand more\n", 0.0),  # the line is not the final one
-        ("a6+7=3\n", 0.0),
-        ("A:33", 0.0),
-        ("", 0.0),
-    ],
+    ("name", "response", "answer", "reward"),
+    [(name, *case) for name, cases in CASES.items() for case in cases],
 )
-def test_exact_line(response: str, reward: float) -> None:
-    assert exact_line(response, "3") == reward
+def test_every_case_of_the_documentation(name: str, response: str, answer: str, reward: float) -> None:
+    assert find_verifier(name)(response, answer) == reward
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "reward"),
-    [
-        (r"So the result is \boxed{\frac{1}{2}}.", "0.5", 1.0),
-        (r"Hence \boxed{(3, 4)}", "(3,4)", 1.0),
-        (r"We get $x = 7$, that is \boxed{7}.", "8", 0.0),
-        ("no idea", "8", 0.0),
-        ("", "8", 0.0),
-    ],
-)
-def test_math(response: str, answer: str, reward: float) -> None:
-    assert find_verifier("math")(response, answer) == reward
+def test_the_documentation_is_that_of_the_cases() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "verifiers.md"
+    assert path.read_text() == page(), "make it anew: python -m tests.rewards.cases"
+
+
+LINEAR = r"""
+import resource
+from echorl_nemo.rewards.choice import choice
+from echorl_nemo.rewards.exact import exact_line
+from echorl_nemo.rewards.final import final_answer
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+size = 1 << 20
+parts = ["Answer", "Answer ", "answer is ", r"\boxed{", r"\boxed {", "A:", "A: \n", r"\boxed{}", "####", "####\n"]
+parts += ["Answer: A or ", "Answer: (((", r"Answer: \text{", "\u0130", "Answer\n\n"]
+texts = [part * (size // len(part)) for part in parts]
+texts += ["Answer" + bytes([byte]).decode("latin-1") * size + "?" for byte in range(256)]
+for text in texts:
+    for read in (choice, exact_line):
+        read(text, "B")
+    final_answer(text)
+"""
+
+
+def test_what_runs_in_the_rank_takes_linear_time() -> None:
+    """A megabyte of any byte, and of what the parsers look for: 813 readings take about 20 s of CPU, of 120 that the
+    process may use. One with a quadratic step takes hours."""
+    done = subprocess.run([sys.executable, "-c", LINEAR], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_last_box_is_that_of_a_slow_search() -> None:
+    def slow(text: str) -> str | None:
+        found = None
+        for start in range(len(text)):
+            if text.startswith(r"\boxed{", start):
+                depth, at = 1, start + 7
+                while at < len(text) and depth:
+                    depth += {"{": 1, "}": -1}.get(text[at], 0)
+                    at += 1
+                if not depth:
+                    found = text[start + 7 : at - 1]
+        return found
+
+    generator = random.Random(0)
+    for _ in range(3000):
+        text = "".join(generator.choices([r"\boxed{", "{", "}", "x", " "], k=12))
+        box = last_box(text)
+        assert (None if box is None else box[1]) == slow(text), text
 
 
 def test_a_verifier_of_ones_own() -> None:
     assert find_verifier("tests.rewards.verifiers:answers_length")("abc", "3") == 1.0
+
+
+def test_a_verifier_may_take_the_row() -> None:
+    assert takes_row(find_verifier("tests.rewards.verifiers:asks_the_row"))
+    for name in ("math", "choice", "tests.rewards.verifiers:answers_length", "tests.rewards.verifiers:with_options"):
+        assert not takes_row(find_verifier(name))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +86,20 @@ def test_a_verifier_of_ones_own() -> None:
         ("nowhere.at_all:x", "reward 'nowhere.at_all:x' cannot be imported: No module named 'nowhere'"),
         ("tests.rewards.verifiers:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
         ("tests.rewards.verifiers:NUMBER", "is no function"),
+        ("tests.rewards.verifiers:of_four", r"is no function of \(response, answer\) or \(response, answer, row\)"),
     ],
 )
 def test_unknown_verifiers_are_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_verifier(name)
+
+
+@pytest.mark.parametrize("answer", ["2", "Paris", "AB", "K", "A or B"])
+def test_a_reference_that_nothing_matches_is_refused(answer: str) -> None:
+    assert "is no letter from A to J" in reference_problem("choice", answer)
+    assert reference_problem("math", answer) == ""
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "B.", r"\text{b}", " b "])
+def test_a_decorated_reference_is_a_letter(answer: str) -> None:
+    assert reference_problem("choice", answer) == ""

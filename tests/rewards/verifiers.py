@@ -1,13 +1,44 @@
 """Verifiers of a user who had a bad day; imported by worker processes."""
 
 import os
+import subprocess
 import time
+from collections.abc import Mapping
+from typing import Any
 
 NUMBER = 1
 
 
 def answers_length(response: str, answer: str) -> float:
     return float(str(len(response)) == answer)
+
+
+def asks_the_row(response: str, answer: str, row: Mapping[str, Any]) -> float:
+    return float(response == answer == row["answer"] and row["tests"] == ["assert f(1) == 2"])
+
+
+def with_options(response: str, answer: str, strict: bool = True) -> float:
+    return float(response == answer or not strict)
+
+
+def of_four(response: str, answer: str, row: object, more: object) -> float:
+    return 0.0
+
+
+def numpy_numbers(response: str, answer: str) -> object:
+    import numpy as np
+    import torch
+
+    return {"float32": np.float32(1.0), "bool": np.bool_(True), "tensor": torch.tensor(1.0), "huge": 1e300}[response]
+
+
+def forks(response: str, answer: str) -> float:
+    """Leaves a child in a session of its own, and one in the worker's."""
+    for own_session in (True, False):
+        subprocess.Popen(["sleep", "600"], start_new_session=own_session)
+    if response == "hang":
+        time.sleep(600)
+    return 1.0
 
 
 def misbehave(response: str, answer: str) -> object:

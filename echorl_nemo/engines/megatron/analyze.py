@@ -25,7 +25,8 @@ def run_rank(
     model = load_model(config, platform)
     scorer = MegatronScorer(model, temperature=config.rollout.temperature, micro_batch_size=settings.micro_batch_size)
     ends = boundary_ids(tokenizer, config.analysis.boundary)
-    rollouts, right, _ = verified_rollouts(config, model, tokenizer, data, closers)
+    done = verified_rollouts(config, model, tokenizer, data, closers)
+    rollouts, right = done.batch, done.right
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
     if data.solutions:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.parallel import initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.verify import verify_rollouts
-from echorl_nemo.report.scores import Score, final_answer, score_problems
+from echorl_nemo.report.scores import Score, score_problems, vote_classes, vote_pairs
 from echorl_nemo.rewards import VerifierPool
+from echorl_nemo.rewards.final import final_answer
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import EvaluateConfig
 
@@ -29,14 +31,14 @@ def run_rank(
     """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
     settings = config.evaluation
     model = load_model(config, platform)
-    batch, right, failures = verified_rollouts(config, model, tokenizer, data, closers)
+    done = verified_rollouts(config, model, tokenizer, data, closers)
+    batch, failures = done.batch, done.failures
     if not model.parallel.main:
         return
-    right = right.view(len(data), settings.samples)
-    answers = [final_answer(response) for response in batch.responses]
+    right = done.right.view(len(data), settings.samples)
     scores = score_problems(
         right.tolist(),
-        [answers[start : start + settings.samples] for start in range(0, len(answers), settings.samples)],
+        _votes(done, settings.samples),
         settings.k,
         resamples=settings.resamples,
         seed=settings.seed,
@@ -69,11 +71,47 @@ def load_model(config: EvaluateConfig, platform: Platform) -> PolicyModel:
     return model
 
 
+@dataclass(frozen=True)
+class VerifiedRollouts:
+    """The rollouts of an evaluation, those of a problem in consecutive rows."""
+
+    batch: RolloutBatch
+    right: Tensor
+    """[N] bool: finished and right."""
+    failures: list[dict[str, str]]
+    """Of the verifier."""
+    verifiers: VerifierPool
+
+
+def _votes(done: VerifiedRollouts, samples: int) -> list[list[int]]:
+    """By problem, the answer that each rollout votes for; answers are equal if the verifier says so."""
+    batch, right = done.batch, done.right.tolist()
+    answers = [final_answer(response) for response in batch.responses]
+    starts = range(0, len(batch), samples)
+    pairs = [
+        (start + later, start + earlier)
+        for start in starts
+        for later, earlier in vote_pairs(answers[start : start + samples], right[start : start + samples])
+    ]
+    (verdicts,) = done.verifiers.score(
+        [(batch.responses[later], answers[earlier]) for later, earlier in pairs],
+        [batch.rows[later] for later, _ in pairs if batch.rows],
+    ).values()
+    equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward >= 1.0}
+    return [
+        vote_classes(
+            answers[start : start + samples],
+            right[start : start + samples],
+            {(later - start, earlier - start) for later, earlier in equal if start <= earlier < start + samples},
+        )
+        for start in starts
+    ]
+
+
 def verified_rollouts(
     config: EvaluateConfig, model: PolicyModel, tokenizer: Tokenizer, data: PromptData, closers: ExitStack
-) -> tuple[RolloutBatch, Tensor, list[dict[str, str]]]:
-    """`evaluation.samples` rollouts of each problem, which of them are finished and right, [N] bool, and the verifiers'
-    failures."""
+) -> VerifiedRollouts:
+    """`evaluation.samples` rollouts of each problem, verified."""
     settings = config.evaluation
     engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
     batch = engine.generate(data.all(), settings.samples, seed=settings.seed, temperature=settings.temperature)
@@ -83,7 +121,7 @@ def verified_rollouts(
     closers.callback(verifiers.close)
     failures = verify_rollouts(batch, verifiers, model.parallel)
     assert batch.rewards is not None
-    return batch, (batch.rewards >= 1.0) & batch.finished, failures
+    return VerifiedRollouts(batch, (batch.rewards >= 1.0) & batch.finished, failures, verifiers)
 
 
 def _write(
