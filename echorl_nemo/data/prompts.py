@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,10 @@ class PromptData:
     def largest_id(self) -> int:
         """The largest token id of the prompts."""
         return max(max(tokens) for tokens in self._tokens)
+
+    def token_ids(self) -> Sequence[tuple[int, ...]]:
+        """The tokens of every prompt, in the source's order."""
+        return self._tokens
 
     def all(self) -> list[Prompt]:
         """Every prompt, in the source's order."""

@@ -22,8 +22,13 @@ def run_rank(
 ) -> None:
     """Score golden solutions and fresh rollouts; the main rank writes `analysis.out` (.json and .png)."""
     settings = config.evaluation
-    model = load_model(config, platform)
-    scorer = MegatronScorer(model, temperature=config.rollout.temperature, micro_batch_size=settings.micro_batch_size)
+    model = load_model(config, tokenizer, data, platform)
+    scorer = MegatronScorer(
+        model,
+        temperature=config.rollout.temperature,
+        micro_batch_size=settings.micro_batch_size,
+        vocab_size=len(tokenizer),
+    )
     ends = boundary_ids(tokenizer, config.analysis.boundary)
     done = verified_rollouts(config, model, tokenizer, data, closers)
     rollouts, right = done.batch, done.right

@@ -15,8 +15,10 @@ from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import PolicyModel, build_model
+from echorl_nemo.engines.megatron.model_check import check_model
 from echorl_nemo.engines.megatron.parallel import initialize
 from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.scores import Score, score_problems, vote_classes, vote_pairs
 from echorl_nemo.rewards import VerifierPool
@@ -30,7 +32,7 @@ def run_rank(
 ) -> None:
     """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
     settings = config.evaluation
-    model = load_model(config, platform)
+    model = load_model(config, tokenizer, data, platform)
     done = verified_rollouts(config, model, tokenizer, data, closers)
     batch, failures = done.batch, done.failures
     if not model.parallel.main:
@@ -61,11 +63,16 @@ def run_rank(
     _show(facts, scores, Path(settings.out))
 
 
-def load_model(config: EvaluateConfig, platform: Platform) -> PolicyModel:
+def load_model(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> PolicyModel:
     """The model to look at, with the weights of `evaluation.checkpoint` where one is named."""
     settings = config.evaluation
     parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
-    model = build_model(config.model, config.parallel, parallel, platform)
+    model = build_model(config.model, config.parallel, parallel, platform, train=False)
+    if config.model.verify == "auto":
+        scorer = MegatronScorer(
+            model, temperature=1.0, micro_batch_size=settings.micro_batch_size, vocab_size=len(tokenizer)
+        )
+        check_model(scorer, config.model, data.token_ids())
     if settings.checkpoint is not None:
         checkpoint.load_weights(Path(settings.checkpoint), model)
     return model

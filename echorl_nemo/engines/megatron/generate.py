@@ -35,6 +35,8 @@ class MegatronRolloutEngine:
 
     def __init__(self, model: PolicyModel, tokenizer: Tokenizer, config: RolloutConfig) -> None:
         self.model, self.parallel, self.tokenizer, self.config = model, model.parallel, tokenizer, config
+        self.vocab_size = len(tokenizer)
+        """Entries that may be sampled: what the model has beyond the tokenizer has no text."""
         self._stop = torch.tensor(tokenizer.stop_ids, device=self.parallel.device)
 
     def generate(
@@ -145,7 +147,7 @@ class _Decoding:
         if not parallel.last_stage:
             send_to_next_pipeline_rank(output)
             return None
-        logits: Tensor = output[:, -1]
+        logits: Tensor = output[:, -1, : self.engine.vocab_size]
         return logits
 
     def _extend(self, active: Tensor, logits: Tensor | None, position: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import local_layer_spec
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from echorl_nemo.engines.megatron.model_settings import attention_settings, set_frequencies, set_on_provider
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.schema import ModelConfig, ParallelConfig
@@ -21,7 +22,7 @@ class PolicyModel:
     bridge: Any
     """Megatron-Bridge's AutoBridge of the Hugging Face model."""
     ddp: Any
-    """megatron.core DistributedDataParallel around the model; what is trained."""
+    """megatron.core DistributedDataParallel around the model; what is trained. The model itself where nothing is."""
     config: Any
     """Its TransformerConfig."""
     parallel: Parallel
@@ -32,7 +33,7 @@ class PolicyModel:
     @property
     def module(self) -> Any:
         """The model inside, in its own precision; what generates."""
-        return self.ddp.module
+        return self.ddp.module if isinstance(self.ddp, DistributedDataParallel) else self.ddp
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with the current weights; every rank must call this."""
@@ -48,14 +49,24 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def build_model(
-    config: ModelConfig, layout: ParallelConfig, parallel: Parallel, platform: Platform, *, recompute: str = "none"
+    config: ModelConfig,
+    layout: ParallelConfig,
+    parallel: Parallel,
+    platform: Platform,
+    *,
+    recompute: str = "none",
+    train: bool = True,
 ) -> PolicyModel:
-    """Import the Hugging Face weights into this rank's shard and wrap it for data-parallel training."""
+    """Import the Hugging Face weights into this rank's shard; with ``train`` wrap it for data-parallel training, which
+    takes a buffer of gradients, 4 bytes a parameter."""
     bridge = AutoBridge.from_hf_pretrained(
         config.path, torch_dtype=platform.dtype, trust_remote_code=config.trust_remote_code
     )
     provider = bridge.to_megatron_provider(load_weights=True)
     configure(provider, layout, platform)
+    settings = attention_settings(bridge.hf_pretrained.config)
+    if settings is not None:
+        set_on_provider(provider, settings)
     for name, value in RECOMPUTE[recompute].items():
         setattr(provider, name, value)
     provider.finalize()
@@ -65,7 +76,10 @@ def build_model(
         ),
         use_cpu_initialization=provider.use_cpu_initialization,
         data_parallel_random_init=False,
+        wrap_with_ddp=train,
     )
+    if settings is not None:
+        set_frequencies(ddp[0], settings)
     return PolicyModel(
         bridge=bridge,
         ddp=ddp[0],

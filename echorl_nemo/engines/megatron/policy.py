@@ -71,12 +71,14 @@ class MegatronPolicy(MegatronScorer):
         trainer: TrainerConfig,
         temperature: float,
         optimizer_steps: int,
+        vocab_size: int | None = None,
     ) -> None:
-        """``optimizer_steps``: of the whole run, for the learning-rate schedule."""
+        """``optimizer_steps``: of the whole run, for the learning-rate schedule. ``vocab_size``: as in the scorer."""
         super().__init__(
             model,
             temperature=temperature,
             micro_batch_size=trainer.micro_batch_size,
+            vocab_size=vocab_size,
             pack_tokens=trainer.pack_tokens,
         )
         self.algo, self.echorl, self.trainer = algo, echorl, trainer

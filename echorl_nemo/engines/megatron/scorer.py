@@ -20,10 +20,20 @@ from echorl_nemo.rollout.packing import PackedRow, bins, pack_row
 class MegatronScorer:
     """A Megatron-Core model that scores rollouts. Every rank calls every method with the same whole batch."""
 
-    def __init__(self, model: PolicyModel, *, temperature: float, micro_batch_size: int, pack_tokens: int = 0) -> None:
-        """``pack_tokens``: as `trainer.pack_tokens`; 0 pads micro-batches of ``micro_batch_size`` rollouts."""
+    def __init__(
+        self,
+        model: PolicyModel,
+        *,
+        temperature: float,
+        micro_batch_size: int,
+        vocab_size: int | None = None,
+        pack_tokens: int = 0,
+    ) -> None:
+        """``pack_tokens``: as `trainer.pack_tokens`; 0 pads micro-batches of ``micro_batch_size`` rollouts.
+        ``vocab_size``: entries of the tokenizer; what the model has beyond them counts in no distribution."""
         self.model, self.parallel = model, model.parallel
         self.temperature, self.micro_batch_size, self.pack_tokens = temperature, micro_batch_size, pack_tokens
+        self.vocab_size = vocab_size
         config = model.config
         self._column_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
@@ -122,6 +132,7 @@ class MegatronScorer:
             produced if row is None else row.pack(produced),
             group=self.parallel.tensor_group,
             temperature=self.temperature,
+            vocab_size=self.vocab_size,
             entropy_grad=entropy_grad,
             inplace_backward=train,
         )

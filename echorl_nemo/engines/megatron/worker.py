@@ -13,6 +13,7 @@ from echorl_nemo.engines.megatron.checkpoint import Checkpoints, Progress, load_
 from echorl_nemo.engines.megatron.checks import Inputs
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import build_model
+from echorl_nemo.engines.megatron.model_check import check_model
 from echorl_nemo.engines.megatron.parallel import Parallel, initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
@@ -255,7 +256,7 @@ def form_groups(config: RunConfig, platform: Platform) -> Parallel:
 
 
 def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, parallel: Parallel, watch: Watch) -> Trainer:
-    """Load the model and tie the rooms together."""
+    """Load the model, check it, and make what generates, verifies and trains."""
     settings = config.trainer
     model = build_model(config.model, config.parallel, parallel, platform, recompute=settings.recompute)
     policy = MegatronPolicy(
@@ -265,7 +266,11 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
         trainer=settings,
         temperature=config.rollout.temperature,
         optimizer_steps=settings.steps * (settings.prompts_per_step // settings.minibatch_prompts),
+        vocab_size=len(inputs.tokenizer),
     )
+    if config.model.verify == "auto":
+        watch.beat("check the model")
+        check_model(policy, config.model, inputs.train_data.token_ids())
     return Trainer(
         config=config,
         policy=policy,
@@ -284,7 +289,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
 
 def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> None:
     """Load a checkpoint's weights, at whatever layout, and write them as a Hugging Face folder."""
-    model = build_model(config.model, config.parallel, form_groups(config, platform), platform)
+    model = build_model(config.model, config.parallel, form_groups(config, platform), platform, train=False)
     load_weights(checkpoint, model)
     model.export(out)
 
@@ -302,7 +307,7 @@ def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -
         inputs.tokenizer,
         config.rollout,
         model.parallel,
-        vocab_size=model.config.vocab_size,
+        vocab_size=len(inputs.tokenizer),
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
     return RestartingEngine(start, policy, tells=model.parallel.main)

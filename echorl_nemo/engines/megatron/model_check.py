@@ -1,0 +1,209 @@
+"""At load the policy is compared with transformers' own model, so that no fault of an import trains silently.
+
+Up to `WHOLE_LIMIT` parameters: log-probs and entropies of a few hundred tokens under a float32 model on the CPU. Above:
+the outputs of the first two layers. At any size: the settings of position encoding and attention of every layer.
+
+Shapes: N rows, S positions, H hidden width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.engines.megatron.model_settings import (
+    AttentionSettings,
+    attention_settings,
+    megatron_window,
+    rotary_embeddings,
+)
+from echorl_nemo.engines.megatron.scorer import MegatronScorer
+from echorl_nemo.errors import SharedError
+from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import ModelConfig
+
+WHOLE_LIMIT = 2e9
+"""Parameters above which only the first layers are compared: a float32 copy on the host takes 4 bytes each."""
+ROWS, POSITIONS, LAYERS = 4, 96, 2
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15}
+"""Mean absolute difference of log-probs and entropies, nats; faults of position encodings cost tenths to nats."""
+HIDDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""Norm of the difference of hidden states, over their norm."""
+
+
+def check_model(
+    scorer: MegatronScorer, config: ModelConfig, prompts: Sequence[tuple[int, ...]], *, limit: float = WHOLE_LIMIT
+) -> str:
+    """Compare the model of ``scorer`` with transformers' at `model.path`; returns what was compared, for people.
+
+    ``prompts``: token ids, of which the first make half of the rows; the others are random. Every rank calls this.
+    Raises UserError that says what differs.
+    """
+    model = scorer.model
+    hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    settings = attention_settings(hf_config)
+    wrong = setting_faults(model.module, settings) if settings is not None else []
+    faults = model.parallel.share_objects(wrong)
+    if faults:
+        raise SharedError(_message(config, sorted(set(faults))[0]))
+    batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, hf_config)
+    parameters = sum(weight.numel() for weight in model.module.parameters())
+    total = sum(model.parallel.share_objects([parameters])) / model.parallel.data_size
+    if total <= limit:
+        return _compare_scores(scorer, config, batch)
+    return _compare_layers(model, config, batch, hf_config)
+
+
+def setting_faults(module: Any, settings: AttentionSettings) -> list[str]:
+    """Where the position encodings, scales and windows of a Megatron model are not those of ``settings``."""
+    found = []
+    for rotary in rotary_embeddings(module):
+        own, expected = rotary.inv_freq.float().cpu(), settings.inverse_frequencies
+        if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-4, atol=1e-9):
+            found.append("the inverse frequencies of its position encoding differ")
+        if getattr(rotary, "seq_len_interpolation_factor", None) is not None:
+            found.append("its positions are interpolated")
+    for layer in getattr(inner(module).decoder, "layers", []):
+        attention, window = layer.self_attention.core_attention, settings.windows[layer.layer_number - 1]
+        scale = getattr(attention, "softmax_scale", None)
+        if scale is not None and abs(scale - settings.scale) > 1e-4 * settings.scale:
+            found.append(f"layer {layer.layer_number} scales attention by {scale:.5f}, not {settings.scale:.5f}")
+        own_window = getattr(getattr(attention, "scale_mask_softmax", attention), "window_size", None)
+        wanted = None if window is None else megatron_window(window)
+        if _window(own_window) != wanted:
+            found.append(f"layer {layer.layer_number} has the attention window {_window(own_window)}, not {wanted}")
+        mask = getattr(getattr(attention, "attn_mask_type", None), "name", "causal")
+        if "causal" not in mask:
+            found.append(f"layer {layer.layer_number} has the attention mask {mask}, not a causal one")
+    return found
+
+
+def inner(module: Any) -> Any:
+    """The model inside wrappers of precision and data parallelism."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _window(window: Any) -> tuple[int, int] | None:
+    """(-1, 0) and (-1, -1) are Transformer Engine's words for no window."""
+    return None if not window or window[0] < 0 else (int(window[0]), int(window[1]))
+
+
+def _probe_batch(prompts: Sequence[tuple[int, ...]], vocabulary: int, hf_config: Any) -> RolloutBatch:
+    """[ROWS, POSITIONS] tokens, all but the first of each row a response."""
+    positions = min(POSITIONS, getattr(hf_config, "max_position_embeddings", None) or POSITIONS)
+    tokens = torch.randint(vocabulary, (ROWS, positions), generator=torch.Generator().manual_seed(0))
+    flat = [token for prompt in prompts[: ROWS * positions] for token in prompt][: ROWS // 2 * positions]
+    tokens.view(-1)[: len(flat)] = torch.tensor(flat, dtype=torch.long)
+    mask = torch.ones(tokens.shape, dtype=torch.bool)
+    mask[:, 0] = False
+    return RolloutBatch(
+        tokens=tokens,
+        response_mask=mask,
+        lengths=torch.full((ROWS,), positions),
+        finished=torch.ones(ROWS, dtype=torch.bool),
+        group_ids=torch.arange(ROWS),
+    )
+
+
+def _compare_scores(scorer: MegatronScorer, config: ModelConfig, batch: RolloutBatch) -> str:
+    model = scorer.model
+    logprobs, entropies = scorer.score(batch)
+
+    def compare() -> tuple[float, float]:
+        expected = _reference_scores(config, batch.tokens, scorer.temperature, scorer.vocab_size)
+        gaps = [
+            (own - other).abs()[batch.response_mask] for own, other in zip((logprobs, entropies), expected, strict=True)
+        ]
+        return max(float(gap.mean()) for gap in gaps), max(float(gap.max()) for gap in gaps)
+
+    mean, largest = model.parallel.of_main(compare)
+    tolerance = TOLERANCE[model.config.params_dtype]
+    if not mean <= tolerance:
+        raise SharedError(
+            _message(config, f"log-probs and entropies differ by {mean:.3g} nats on average, {largest:.3g} at most")
+        )
+    return f"scores equal transformers' to {largest:.1e} nats on {int(batch.response_mask.sum())} tokens"
+
+
+def _reference_scores(
+    config: ModelConfig, tokens: Tensor, temperature: float, vocabulary: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N, S] of transformers' float32 model, 0 in the first column."""
+    reference = _reference(config)
+    with torch.no_grad():
+        logits = reference(tokens).logits[..., :vocabulary].float() / temperature
+    scores = logits.log_softmax(-1)
+    logprobs = scores[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    entropies = -(scores.exp() * scores).nan_to_num(0.0).sum(-1)[:, :-1]
+    return torch.nn.functional.pad(logprobs, (1, 0)), torch.nn.functional.pad(entropies, (1, 0))
+
+
+def _reference(config: ModelConfig, **changes: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        config.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=config.trust_remote_code,
+        **changes,
+    ).eval()  # fmt: skip
+
+
+def _compare_layers(model: PolicyModel, config: ModelConfig, batch: RolloutBatch, hf_config: Any) -> str:
+    """The output of the first layers, on the first tensor-parallel rank of the first stage."""
+    own = _own_hidden(model, batch.tokens)
+    layers = min(LAYERS, len(inner(model.module).decoder.layers)) if own is not None else 0
+    (layers,) = {count for count in model.parallel.share_objects([layers]) if count}
+
+    def compare() -> float:
+        assert own is not None
+        changes: dict[str, Any] = {"num_hidden_layers": layers}
+        if getattr(hf_config, "layer_types", None):
+            changes["layer_types"] = hf_config.layer_types[:layers]
+        reference = _reference(config, **changes)
+        seen: list[Tensor] = []
+        hook = reference.model.layers[-1].register_forward_hook(_keeping_output(seen))
+        with torch.no_grad():
+            reference(batch.tokens)
+        hook.remove()
+        expected = seen[0].transpose(0, 1)[: own.shape[0]]  # sequence parallelism holds the first positions here
+        return float((own - expected).norm() / expected.norm())
+
+    difference = model.parallel.of_main(compare)
+    if not difference <= HIDDEN_TOLERANCE[model.config.params_dtype]:
+        raise SharedError(_message(config, f"the output of its first {layers} layers differs by {difference:.1%}"))
+    return f"the first {layers} layers equal transformers' to {difference:.1e}, and the settings of every layer"
+
+
+def _own_hidden(model: PolicyModel, tokens: Tensor) -> Tensor | None:
+    """[S, N, H] float32 on the host: the output of the first stage's first layers; None on other stages."""
+    if not model.parallel.first_stage:
+        return None
+    seen: list[Tensor] = []
+    stack = inner(model.module).decoder.layers
+    layer = stack[min(LAYERS, len(stack)) - 1]
+    hook = layer.register_forward_hook(_keeping_output(seen))
+    device_tokens = tokens.to(model.parallel.device)
+    positions = torch.arange(tokens.shape[1], device=device_tokens.device).expand_as(device_tokens)
+    model.ddp.eval()
+    with torch.no_grad():
+        model.module(device_tokens, positions, None)
+    hook.remove()
+    return seen[0].float().cpu()
+
+
+def _keeping_output(seen: list[Tensor]) -> Callable[[Any, Any, Any], None]:
+    """A hook that appends the hidden states which a layer gives."""
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    return keep
+
+
+def _message(config: ModelConfig, what: str) -> str:
+    return (
+        f"model.path={config.path}: the model that was loaded is not transformers': {what}; report the model, or set "
+        "model.verify=off to train it all the same"
+    )

@@ -1,0 +1,108 @@
+"""What of a model Megatron-Bridge 0.3.1 maps wrongly or not at all: position encodings and attention windows.
+
+They are read from the Hugging Face configuration by transformers' own functions and set on Megatron's model. Without
+this a model with YaRN, linear or Llama-3 scaling, or with a sliding window, trains on log-probs that are wrong by
+nats, and nothing says so (llama_bridge.py, mistral_bridge.py, qwen2_bridge.py of that release).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+MAPPED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+"""Architectures whose attention these settings describe wholly."""
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+"""Those with fixed frequencies up to the model's positions, which `length_problems` keeps to."""
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How a model encodes positions, scales its attention and limits it."""
+
+    inverse_frequencies: Tensor
+    """[head width / 2] float32, of rotary position embedding."""
+    scale: float
+    """Factor of the attention logits."""
+    windows: tuple[int | None, ...]
+    """For each layer, how many tokens it attends to, itself among them; None: all before it."""
+    experts_renormalised: bool | None
+    """Whether the weights of a token's experts add up to 1; None of a dense model."""
+
+    @property
+    def window(self) -> int | None:
+        """The window of the layers that have one; transformers knows one size for a model."""
+        return next((window for window in self.windows if window is not None), None)
+
+
+def rope_type(hf_config: PretrainedConfig) -> str:
+    """The kind of rotary position embedding, by transformers' name."""
+    scaling = getattr(hf_config, "rope_scaling", None) or {}
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
+    """The settings of a model; None of an architecture that is not one of `MAPPED_FAMILIES`."""
+    if hf_config.model_type not in MAPPED_FAMILIES:
+        return None
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type(hf_config)](hf_config, torch.device("cpu"))
+    width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    # transformers multiplies cosine and sine, of queries and of keys, with the factor
+    scale = factor**2 / math.sqrt(width)
+    experts = hf_config.norm_topk_prob if hf_config.model_type == "qwen3_moe" else None
+    return AttentionSettings(frequencies.float(), scale, tuple(_windows(hf_config)), experts)
+
+
+def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
+    """Position encodings that Megatron's model cannot be given."""
+    kind = rope_type(hf_config)
+    if hf_config.model_type not in MAPPED_FAMILIES or kind in ROPE_TYPES:
+        return []
+    return [
+        f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine cannot set; use a "
+        f"model with one of {', '.join(ROPE_TYPES)}"
+    ]
+
+
+def set_on_provider(provider: Any, settings: AttentionSettings) -> None:
+    """Set scale, windows and the routing of experts on a provider of Megatron-Bridge, before the model is made."""
+    if settings.experts_renormalised is not None:
+        provider.moe_router_pre_softmax = not settings.experts_renormalised
+    provider.position_embedding_type = "rope"
+    provider.rope_scaling = False  # `set_frequencies` has them as they are
+    provider.seq_len_interpolation_factor = None
+    for name in [name for name in vars(provider) if name.startswith("yarn_")]:
+        delattr(provider, name)  # Megatron would scale queries and keys once more
+    provider.softmax_scale = settings.scale
+    provider.window_size = provider.window_attn_skip_freq = None
+    if settings.window is not None:
+        provider.window_size = megatron_window(settings.window)
+        provider.window_attn_skip_freq = [int(window is not None) for window in settings.windows]
+
+
+def set_frequencies(module: Any, settings: AttentionSettings) -> None:
+    """Set the inverse frequencies of Megatron's rotary embeddings, before their first use: they are cached."""
+    for rotary in rotary_embeddings(module):
+        rotary.inv_freq = settings.inverse_frequencies.to(rotary.inv_freq.device)
+
+
+def rotary_embeddings(module: Any) -> Iterator[Any]:
+    """Every module of a model that holds inverse frequencies."""
+    return (each for each in module.modules() if isinstance(getattr(each, "inv_freq", None), Tensor))
+
+
+def megatron_window(window: int) -> tuple[int, int]:
+    """Megatron counts the tokens before the current one; transformers counts that one too."""
+    return (window - 1, 0)
+
+
+def _windows(hf_config: PretrainedConfig) -> Iterator[int | None]:
+    window = getattr(hf_config, "sliding_window", None)
+    kinds = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * hf_config.num_hidden_layers
+    for kind in kinds:
+        yield window if window and kind == "sliding_attention" else None
