@@ -1,21 +1,15 @@
 """Parameters of every pipeline stage's ranks, counted on Megatron's own model.
 
-The policy of one rank of each stage is built on the meta device, where tensors have shapes and no memory, in a fake
-process group that stands for all ranks. The method is torchtitan's for checking a layout without its GPUs.
+The policy of one rank of each stage is built on the meta device, see `engines.megatron.meta_model`.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
+from echorl_nemo.engines.megatron.meta_model import meta_model
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.schema import ParallelConfig
 
@@ -87,49 +81,5 @@ def _layers(shapes: Shapes) -> int:
 
 def _build(bridge: Any, layout: ParallelConfig, stage: int, platform: Platform) -> Shapes:
     """Shapes of the parameters of the first rank of ``stage``."""
-    from echorl_nemo.engines.megatron.model import configure  # as above
-
-    data = layout.data or 1
-    world = layout.tensor * layout.pipeline * layout.context * data
-    with _fake_ranks(layout, world, rank=stage * (world // layout.pipeline)):
-        provider = bridge.to_megatron_provider(load_weights=False)
-        # sequences that are split do not change the weights, and Megatron's own attention refuses them
-        configure(provider, replace(layout, context=1), platform)
-        provider.perform_initialization = False
-        provider.finalize()
-        with _on_meta():
-            model = provider.provide(
-                pre_process=parallel_state.is_pipeline_first_stage(),
-                post_process=parallel_state.is_pipeline_last_stage(),
-            )
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-@contextmanager
-def _fake_ranks(layout: ParallelConfig, world: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            layout.tensor,
-            layout.pipeline,
-            context_parallel_size=layout.context,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=1 if layout.expert > 1 else None,
-            create_gloo_process_groups=False,
-        )
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Megatron asks for the current device by name where it makes a weight."""
-    current = torch.cuda.current_device
-    setattr(torch.cuda, "current_device", lambda: torch.device("meta"))  # noqa: B010  Megatron takes what it gets
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        setattr(torch.cuda, "current_device", current)  # noqa: B010
+    model = meta_model(bridge, layout, stage, platform)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,6 +1,9 @@
 """Everything about a run that can be checked before a rank starts."""
 
 import importlib.util
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from echorl_nemo.engines.megatron.layout import (
     number_of_experts,
     read_hf_config,
 )
+from echorl_nemo.engines.megatron.model_files import prompt_problems, token_problems
 from echorl_nemo.engines.megatron.platform import Platform
+from echorl_nemo.engines.megatron.rehearsal import rehearse
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST
@@ -32,9 +37,12 @@ class Inputs:
     boundary_ids: tuple[int, ...]
 
 
-def check(config: RunConfig) -> Inputs:
-    """Read tokenizer, model configuration and data, and raise UserError listing every problem of the run."""
+def check(config: RunConfig, platform: Platform | None = None) -> Inputs:
+    """Read tokenizer, model configuration and data, and raise UserError listing every problem of the run; with
+    ``platform`` those of the model on it, too."""
     problems, inputs = find_problems(config)
+    if platform is not None:
+        problems += platform_problems(config, platform)
     if problems:
         raise UserError("\n".join(problems))
     assert inputs is not None
@@ -69,10 +77,17 @@ def engine_problems(config: RunConfig) -> list[str]:
 
 
 def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) -> list[str]:
-    """What Megatron-Bridge 0.3.1 cannot do with a mixture of experts whose layers are not Transformer Engine's."""
-    if platform.transformer_engine or not number_of_experts(read_hf_config(config.model)):
+    """Why the model cannot be built here, and what Megatron-Bridge 0.3.1 cannot do with a mixture of experts whose
+    layers are not Transformer Engine's."""
+    try:
+        hf_config = read_hf_config(config.model)
+    except UserError:  # one of the problems already
         return []
     problems = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each node finds what all would
+        problems += rehearse(config.model, hf_config, platform)
+    if platform.transformer_engine or not number_of_experts(hf_config):
+        return problems
     if config.parallel.expert > 1:
         problems.append(
             f"parallel.expert={config.parallel.expert}: without Transformer Engine each rank would load the first "
@@ -93,7 +108,10 @@ def read_inputs(config: RunConfig) -> tuple[list[str], Inputs | None]:
     except UserError as error:
         return [str(error), *verifier_problems(config)], None
     problems, data = verifier_problems(config), config.data
-    positions = _positions(config.model)
+    if problems:
+        return problems, None
+    positions, vocab_size = _positions(config.model), _vocab_size(config.model)
+    problems += token_problems(config.model, tokenizer, vocab_size)
     train_data = eval_data = None
     boundaries: tuple[int, ...] = ()
     for name, source, split in (("train", data.train, data.train_split), ("eval", data.eval, data.eval_split)):
@@ -102,9 +120,10 @@ def read_inputs(config: RunConfig) -> tuple[list[str], Inputs | None]:
         try:
             prompts = PromptData(source, data, tokenizer, field=f"data.{name}", split=split)
         except UserError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
             continue
         problems += length_problems(config.rollout.max_new_tokens, positions, prompts, f"data.{name}")
+        problems += prompt_problems(prompts, vocab_size, f"data.{name}")
         if name == "train":
             train_data = prompts
             problems += packing_problems(config, prompts)
@@ -137,12 +156,18 @@ def read_tokenizer(model: ModelConfig) -> Tokenizer:
         trust_remote_code=model.trust_remote_code,
         chat_template=model.chat_template,
         stop_tokens=model.stop_tokens,
+        keep_special_tokens=model.keep_special_tokens,
+        verify=model.verify == "auto",
     )
 
 
-def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
-    """Read tokenizer and problems, and raise UserError listing everything that is wrong with an evaluation."""
-    problems = model_problems(config.parallel, config.model)
+def check_evaluation(
+    config: EvaluateConfig, platform: Platform, out: Mapping[str, Path]
+) -> tuple[Tokenizer, PromptData]:
+    """Read tokenizer and problems, and raise UserError listing everything that is wrong with an evaluation, which
+    writes the files ``out``, by the keys that name them."""
+    problems = [*model_problems(config.parallel, config.model), *platform_problems(config, platform)]
+    problems += [problem for key, path in out.items() for problem in file_problems(key, path)]
     if config.rollout.engine != "megatron":
         problems.append(f"rollout.engine={config.rollout.engine}: evaluations generate with megatron; use that")
     checkpoint = config.evaluation.checkpoint
@@ -156,8 +181,11 @@ def check_evaluation(config: EvaluateConfig) -> tuple[Tokenizer, PromptData]:
             raise UserError("data.eval is null: name the problems, or choose a benchmark (benchmark=gsm8k)")
         data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval", split=config.data.eval_split)
         problems += length_problems(config.rollout.max_new_tokens, _positions(config.model), data, "data.eval")
+        vocab_size = _vocab_size(config.model)
+        problems += token_problems(config.model, tokenizer, vocab_size)
+        problems += prompt_problems(data, vocab_size, "data.eval")
     except UserError as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
     if problems:
         raise UserError("\n".join(problems))
     assert tokenizer is not None and data is not None
@@ -184,6 +212,18 @@ def checkpoint_problems(checkpoint: Path) -> list[str]:
     return [f"{checkpoint} is no complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN"]
 
 
+def file_problems(key: str, path: Path) -> list[str]:
+    """Whether a file of results, which ``key`` names, cannot be written."""
+    if path.is_dir():
+        return [f"{key}={path}: a folder of that name is there; name a file"]
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        return [f"{key}={path}: {parent} is no folder; name another file"]
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        return [f"{key}={path}: it cannot be written; name a file in a folder of yours"]
+    return []
+
+
 def out_problems(out: Path) -> list[str]:
     """Whether a model would be written over another."""
     if out.is_dir() and any(out.iterdir()):
@@ -208,6 +248,14 @@ def _positions(model: ModelConfig) -> int | None:
         return getattr(read_hf_config(model), "max_position_embeddings", None)
     except UserError:
         return None
+
+
+def _vocab_size(model: ModelConfig) -> int:
+    """Rows of the embedding; without a limit where they cannot be read, which `model_problems` says."""
+    try:
+        return int(getattr(read_hf_config(model), "vocab_size", sys.maxsize))
+    except UserError:
+        return sys.maxsize
 
 
 def rollout_problems(config: RunConfig) -> list[str]:

@@ -1,6 +1,5 @@
 """The parallel layout of a run: what it is, and what of model and batch does not divide by it."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,13 @@ SAME_SIZES = (
     "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
 """What `model.architecture` and the model's own config.json must agree in."""
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+"""What in a config.json is a number of at least 1, where it is there."""
 
 
 def world_size(config: RunConfig | EvaluateConfig) -> int:
@@ -155,19 +161,22 @@ def number_of_experts(hf_config: PretrainedConfig) -> int:
 
 
 def read_hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The configuration of the model at `model.path`. Raises UserError if there is none."""
-    return _read_hf_config(model.path, model.trust_remote_code)
-
-
-@lru_cache
-def _read_hf_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the model at `model.path`. Raises UserError if there is none, or one with impossible
+    sizes."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        words = (str(error).splitlines() or [""])[0]
+        cause = words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
         raise UserError(
-            f"model.path={path}: no Hugging Face model can be read: {str(error).splitlines()[0]} Name a folder that "
-            "holds it, or an id of the hub where the hub can be reached"
+            f"model.path={model.path}: no Hugging Face model can be read: {cause} Name a folder that holds it, or an "
+            "id of the hub where the hub can be reached"
         ) from error
+    for name in SIZES:
+        size = getattr(hf_config, name, None)
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"model.path={model.path}: its config.json has {name}={size!r}; correct it")
+    return hf_config
 
 
 def known_config(model: ModelConfig) -> PretrainedConfig:

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from echorl_nemo.engines.megatron.checks import (
     check_evaluation,
     checkpoint_problems,
     out_problems,
-    platform_problems,
 )
 from echorl_nemo.engines.megatron.launch import launch
 from echorl_nemo.engines.megatron.layout import model_problems, world_size
@@ -37,8 +36,8 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
     """
     quiet_libraries()
     world = world_size(config)
-    inputs = check(config)
-    platform = _platform(config)
+    platform = detect_platform(config.parallel.device)
+    inputs = check(config, platform)
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
@@ -52,12 +51,14 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Check what can be checked, start the ranks, evaluate. Returns an exit code; raises UserError like `train`."""
-    return _examine(config, _evaluate_rank)
+    return _examine(config, _evaluate_rank, {"evaluation.out": Path(config.evaluation.out)})
 
 
 def analyze(config: EvaluateConfig) -> int:
     """Like `evaluate`, for step-entropy profiles."""
-    return _examine(config, _analyze_rank)
+    out = Path(config.analysis.out)
+    files = {f"analysis.out with {suffix}": out.with_suffix(suffix) for suffix in (".json", ".png")}
+    return _examine(config, _analyze_rank, files)
 
 
 def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
@@ -72,7 +73,7 @@ def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
         *model_problems(config.parallel, config.model),
     ]:
         raise UserError("\n".join(problems))
-    platform = _platform(config)
+    platform = detect_platform(config.parallel.device)
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
@@ -83,11 +84,11 @@ def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
     )
 
 
-def _examine(config: EvaluateConfig, rank: Callable[..., int]) -> int:
+def _examine(config: EvaluateConfig, rank: Callable[..., int], out: Mapping[str, Path]) -> int:
     quiet_libraries()
     world = world_size(config)
-    tokenizer, data = check_evaluation(config)
-    platform = _platform(config)
+    platform = detect_platform(config.parallel.device)
+    tokenizer, data = check_evaluation(config, platform, out)
     import echorl_nemo.engines.megatron.analyze
     import echorl_nemo.engines.megatron.evaluate  # noqa: F401  heavy: once, before ranks are forked
 
@@ -97,13 +98,6 @@ def _examine(config: EvaluateConfig, rank: Callable[..., int]) -> int:
         platform,
         timeout_minutes=config.evaluation.timeout_minutes,
     )
-
-
-def _platform(config: RunConfig | EvaluateConfig) -> Platform:
-    platform = detect_platform(config.parallel.device)
-    if problems := platform_problems(config, platform):
-        raise UserError("\n".join(problems))
-    return platform
 
 
 def _train_rank(

@@ -1,0 +1,117 @@
+"""Whether the files of a model agree with its config.json and with its tokenizer, without loading a weight."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.schema import ModelConfig
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Weights that are numbers by themselves; others are quantised."""
+SHOWN = 3
+"""Weights that a message names."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str]:
+    """What is wrong with the safetensors files of a folder: damaged, missing, quantised, of other shapes than
+    config.json asks for. Nothing of a model that the hub holds."""
+    folder = Path(model.path)
+    if not folder.is_dir():
+        return []
+    held, problems = _held_shapes(folder)
+    if problems:
+        return [f"model.path={model.path}: {problem}" for problem in problems]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
+    wanted = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
+    optional = set(getattr(skeleton, "_tied_weights_keys", None) or []) if hf_config.tie_word_embeddings else set()
+    other = [
+        f"{name} is {list(held[name])}, config.json asks for {list(shape)}"
+        for name, shape in wanted.items()
+        if name in held and held[name] != shape
+    ]
+    missing = [name for name in wanted if name not in held and name not in optional]
+    further = [name for name in held if name not in wanted and not name.endswith("inv_freq")]
+    if missing:
+        other.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} not there")
+    if further:
+        other.append(f"config.json does not ask for {_some(further)}")
+    if not other:
+        return []
+    return [f"model.path={model.path}: {'; '.join(other[:SHOWN])}; use the config.json that goes with the weights"]
+
+
+def token_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Whether every id that the tokenizer may give has a row of the embedding."""
+    special = {
+        "its pad token": tokenizer.hf.pad_token_id,
+        "its bos token": tokenizer.hf.bos_token_id,
+        "its eos token": tokenizer.hf.eos_token_id,
+        "a stop token": max(tokenizer.stop_ids),
+        "the last of its tokens": len(tokenizer) - 1,
+    }
+    beyond = [f"{what} has id {number}" for what, number in special.items() if (number or 0) >= vocab_size]
+    if not beyond:
+        return []
+    return [
+        f"model.path={model.path}: the embedding has {vocab_size} rows (vocab_size of config.json), and of the "
+        f"tokenizer {', '.join(beyond)}; use the tokenizer that goes with the model"
+    ]
+
+
+def prompt_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
+    """Whether every token of the prompts has a row of the embedding."""
+    if data.largest_id < vocab_size:
+        return []
+    return [
+        f"{field}: a prompt holds token {data.largest_id}, the embedding has {vocab_size} rows; use the tokenizer that "
+        "goes with the model"
+    ]
+
+
+def _held_shapes(folder: Path) -> tuple[Shapes, list[str]]:
+    """The shapes of every weight of a folder, and what cannot be read."""
+    files, problems = _weight_files(folder)
+    shapes: Shapes = {}
+    for file in files:
+        kinds = {}
+        try:
+            with safetensors.safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  it is no dictionary
+                    part: Any = weights.get_slice(name)
+                    shapes[name], kinds[name] = tuple(part.get_shape()), part.get_dtype()
+        except (safetensors.SafetensorError, OSError) as error:
+            problems.append(f"{file.name} is damaged ({error}); copy the model again")
+            continue
+        if quantised := [name for name, kind in kinds.items() if kind not in FLOATS]:
+            kind = kinds[quantised[0]]
+            problems.append(f"{file.name} holds {quantised[0]} as {kind}; use weights that are not quantised")
+    return shapes, problems
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors files that make the model, and what is missing of them."""
+    index, files = folder / INDEX, sorted(folder.glob("*.safetensors"))
+    if not index.is_file():
+        missing = "no .safetensors file is there; convert the weights with transformers' save_pretrained"
+        return files, [] if files else [missing]
+    try:
+        listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [], [f"{INDEX} cannot be read ({error!r}); copy the model again"]
+    there = [folder / name for name in sorted(listed) if (folder / name).is_file()]
+    gone = sorted(listed - {file.name for file in there})
+    return there, [f"{name} is not there, {INDEX} names it; copy the model again" for name in gone]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
