@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         examine.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
         examine.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
         examine.add_argument("overrides", nargs="*", help="Hydra overrides: model.path=... benchmark=gsm8k")
+        if name == "evaluate":
+            examine.add_argument("--top", type=int, metavar="N", help="print N wrong responses (evaluation.top)")
 
     export = commands.add_parser("export", help="write a checkpoint's policy as a Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="run_dir/checkpoints/step-NNNNNN")
@@ -124,7 +126,9 @@ def _examine(options: argparse.Namespace) -> int:
     from echorl_nemo.config import load_config, to_yaml
     from echorl_nemo.schema import EvaluateConfig
 
-    config = load_config(options.config_name, options.overrides, options.config_dir, schema=EvaluateConfig)
+    top = getattr(options, "top", None)
+    overrides = [*options.overrides, *([f"evaluation.top={top}"] if top is not None else [])]
+    config = load_config(options.config_name, overrides, options.config_dir, schema=EvaluateConfig)
     if options.cfg:
         print(to_yaml(config).rstrip())
         return 0

@@ -163,7 +163,7 @@ class TrainerConfig:
     """Groups of one optimizer step; a step has prompts_per_step / minibatch_prompts of them."""
 
     micro_batch_size: int = number(1, "[1, 1000000]")
-    """Rollouts in one forward-backward of a rank, padded to the longest of the step."""
+    """Rollouts in one forward-backward of a rank, padded to the longest of them; under a pipeline, of the step."""
 
     recompute: str = word("none", RECOMPUTE)
     """Activations that are computed again in the backward pass instead of kept: `none`; `selective`, those of the
@@ -177,7 +177,8 @@ class TrainerConfig:
     """Peak learning rate."""
 
     warmup_steps: int = number(0, "[0, 1000000000]")
-    """Optimizer steps over which the learning rate rises from 0; constant after that."""
+    """Optimizer steps over which the learning rate rises: the n-th of them has n / warmup_steps of it. Constant after
+    that."""
 
     weight_decay: float = number(0.0, "[0, 1000]")
     """AdamW's weight decay."""
@@ -246,6 +247,9 @@ class EvaluationConfig:
 
     out: str = "evaluation.json"
     """File of the scores, with the verdicts on each problem."""
+
+    top: int = number(0, "[0, 1000000]", "0 shows none")
+    """Wrong responses that are printed, one of each problem; all responses are in a .responses.jsonl beside `out`."""
 
     timeout_minutes: int = number(60, "[1, 100000]")
     """How long a collective may wait for a rank."""

@@ -28,7 +28,7 @@ class StepTotals:
     tokens: float
     """Their response tokens."""
     response_tokens: float
-    """Response tokens of all rollouts; what metrics are means over."""
+    """Response tokens of all rollouts; what the entropy is a mean over."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class LossOutputs:
 def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     """Surrogate loss, plus `kl_coef` x KL, less `entropy_coef` x entropy; `AlgoConfig` says what each setting is.
 
-    Metrics: `policy_loss`; means over all response tokens of `entropy` (nats), `ratio_clipped` (tokens whose ratio the
-    clip changed the loss of), `kl_old` and `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the
-    reference), `mismatch_dropped` (tokens that IcePop took out).
+    Metrics: `policy_loss`; `entropy` (nats), the mean over all response tokens; and means over the response tokens of
+    the rollouts that take part in the loss: `ratio_clipped` (tokens whose ratio the clip changed the loss of), `kl_old`
+    and `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the reference), `mismatch_dropped`
+    (tokens that IcePop took out).
     """
     mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
@@ -96,13 +97,14 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
 
     with torch.no_grad():
         per_token = inputs.response_mask / max(1.0, inputs.totals.response_tokens)
+        per_counted = mask / max(1.0, inputs.totals.tokens)
         metrics = {
             "policy_loss": surrogate.detach(),
             "entropy": (inputs.entropies * per_token).sum(),
-            "ratio_clipped": (clipped * per_token).sum(),
-            "kl_old": ((log_ratio.exp() - 1 - log_ratio) * per_token).sum(),
-            "kl_reference": (kl * per_token).sum(),
-            "mismatch_dropped": (dropped * per_token).sum(),
+            "ratio_clipped": (clipped * per_counted).sum(),
+            "kl_old": ((log_ratio.exp() - 1 - log_ratio) * per_counted).sum(),
+            "kl_reference": (kl * per_counted).sum(),
+            "mismatch_dropped": (dropped * per_counted).sum(),
         }
     return LossOutputs(loss, metrics)
 

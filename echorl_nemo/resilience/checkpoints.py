@@ -36,6 +36,11 @@ class CheckpointFolder:
         found = [path for path in self.path.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of, reverse=True)
 
+    def without_manifest(self) -> list[Path]:
+        """Folders with the name of a checkpoint that lack the manifest with which each is published: damaged."""
+        found = [path for path in self.path.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+        return sorted((path for path in found if not (path / MANIFEST).is_file()), key=step_of, reverse=True)
+
     def begin(self, step: int) -> Path:
         """A fresh temporary folder for the checkpoint of ``step``; no earlier attempt writes there."""
         partial = self.path / f"{name_of(step)}.partial-{secrets.token_hex(4)}"

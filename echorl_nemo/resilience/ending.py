@@ -90,6 +90,11 @@ class RankEnding:
             if self.peer_is_gone():
                 self._say(self._gone_peers())
                 return
+            self._say(
+                f"rank {self.rank} on {socket.gethostname()} lost the other ranks: one of them hangs or has ended, or "
+                f"the network is broken (trainer.timeout_minutes is how long one may take): {_first_line(error)}"
+            )
+            return
         if not self._first_to_say():
             return
         if isinstance(error, UserError):
@@ -144,6 +149,10 @@ OWN_LAUNCHER = "ECHORL_OWN_LAUNCHER"
 def cause_was_said(store: Store) -> bool:
     """Whether a rank has printed why the run ends."""
     return bool(store.add(CAUSE_KEY, 0))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _count_up(store: Any, answers: list[int]) -> None:

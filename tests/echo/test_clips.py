@@ -167,7 +167,7 @@ def test_broken_logits_are_named() -> None:
     [
         ({"scope": "all"}, "echorl.scope='all' is not known; use one of success, degenerate"),
         ({"span": "suffix"}, "echorl.span='suffix' is not known"),
-        ({"coef": -1.0}, "echorl.coef=-1.0 is negative"),
+        ({"coef": -1.0}, "echorl.coef=-1.0 must lie in"),
         ({"boundary": [1, -2]}, r"echorl.boundary=\[1, -2\] is not 'newline' or a list"),
         ({"boundary": []}, "is not 'newline' or a list"),
         ({"normalizer": "tokens"}, "use one of clip_tokens, response_tokens, clips"),

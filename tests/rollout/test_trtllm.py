@@ -214,7 +214,7 @@ def test_without_the_package() -> None:
 
 
 def test_settings() -> None:
-    with pytest.raises(UserError, match="rollout.trtllm.replicas=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"rollout.trtllm.replicas=0 must lie in \[1, 4096\]"):
         TrtllmConfig(replicas=0)
     with pytest.raises(UserError, match=r"gpu_memory_fraction=1.5 must lie in \(0, 1\)"):
         TrtllmConfig(gpu_memory_fraction=1.5)

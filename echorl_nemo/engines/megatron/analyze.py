@@ -30,7 +30,7 @@ def run_rank(
         vocab_size=len(tokenizer),
     )
     ends = boundary_ids(tokenizer, config.analysis.boundary)
-    done = verified_rollouts(config, model, tokenizer, data, closers)
+    done = verified_rollouts(config, model, tokenizer, data, Path(config.analysis.out), closers)
     rollouts, right = done.batch, done.right
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
@@ -45,7 +45,6 @@ def run_rank(
     if not model.parallel.main:
         return
     out = Path(config.analysis.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"model": settings.checkpoint or config.model.path, "data": config.data.eval, "profiles": profiles}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     draw(profiles, out.with_suffix(".png"))

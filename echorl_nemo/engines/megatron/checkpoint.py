@@ -41,9 +41,11 @@ from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.config import CONFIG_FILE
-from echorl_nemo.resilience.checkpoints import CheckpointFolder, Sums, damages, sum_files
+from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Sums, damages, sum_files
 from echorl_nemo.resilience.config import CheckpointConfig
+from echorl_nemo.resilience.ending import is_communication_error
 from echorl_nemo.resilience.orphans import die_with_parent
+from echorl_nemo.resilience.pickles import checkpoint_classes_only
 
 T = TypeVar("T")
 
@@ -143,7 +145,9 @@ class Checkpoints:
             if self.parallel.main:
                 say("checkpoints/%s", done)
         found = self.parallel.of_main(self.folder.complete)
-        damaged: list[Path] = []
+        damaged = self.parallel.of_main(self.folder.without_manifest)
+        for checkpoint in damaged if self.parallel.main else []:
+            say("%s is damaged: it has no %s", checkpoint, MANIFEST)
         for checkpoint in found:
             mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
             if wrong := self.parallel.share_objects(mine):
@@ -200,11 +204,15 @@ class Checkpoints:
         try:
             yield
         except CheckpointException as error:  # on every rank, with the causes on the main one
+            if any(is_communication_error(cause[0]) for cause in error.failures.values()):
+                raise
             causes = "; ".join(str(cause[0]) for cause in error.failures.values())
             why = self.parallel.of_main(lambda: causes)
             self.parallel.of_main(self.folder.clean)
             raise SharedError(self._failure(why)) from error
         except (OSError, RuntimeError) as error:  # on this rank alone; torch.save hides the first in the second
+            if is_communication_error(error):  # a peer is gone or hangs: the disk is not to blame
+                raise
             if self.parallel.main:
                 self.folder.clean()
             raise UserError(self._failure(str(error))) from error
@@ -221,6 +229,11 @@ class Checkpoints:
 
 def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
     """Restore ``policy``; returns how far it had come. ``low_memory``: see `checkpoint.low_memory`."""
+    with _refusing_other_pickles(checkpoint):
+        return _load(checkpoint, policy, low_memory=low_memory)
+
+
+def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     same_layout = common["layout"] == _layout()
     state = _state(policy, Progress(), loading=True, low_memory=low_memory)
@@ -232,8 +245,7 @@ def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progr
     )
     state = dist_checkpointing.load(state, str(checkpoint), strategy)
     policy.model.module.load_state_dict(state["model"])
-    policy.optimizer.load_state_dict(state["optimizer"])
-    policy.scheduler.load_state_dict(state["scheduler"])
+    policy.restore_optimizer(state["optimizer"], state["scheduler"])
     if same_layout:
         _set_random_states(state["random"])
     elif policy.parallel.main:
@@ -241,6 +253,19 @@ def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progr
             "%s was saved at %s, this is %s: random states start from the seed", checkpoint, common["layout"], _layout()
         )
     return Progress(**common["progress"])
+
+
+@contextmanager
+def _refusing_other_pickles(checkpoint: Path) -> Iterator[None]:
+    """See `checkpoint_classes_only`; torch wraps what is raised while ranks read together."""
+    try:
+        with checkpoint_classes_only(checkpoint):
+            yield
+    except CheckpointException as error:
+        refused = [cause[0] for cause in error.failures.values() if isinstance(cause[0], UserError)]
+        if refused:
+            raise SharedError(str(refused[0])) from error
+        raise
 
 
 def load_weights(checkpoint: Path, model: PolicyModel) -> None:
@@ -251,7 +276,8 @@ def load_weights(checkpoint: Path, model: PolicyModel) -> None:
     mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
     if wrong := model.parallel.share_objects(mine):
         raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); take the one before it")
-    state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
+    with _refusing_other_pickles(checkpoint):
+        state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
     model.module.load_state_dict(state["model"])
 
 

@@ -1,16 +1,19 @@
 """Evaluation of a Hugging Face folder or a checkpoint on the problems of a data source."""
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.prompts import Prompt, PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
@@ -21,19 +24,24 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.scores import Score, score_problems, vote_classes, vote_pairs
+from echorl_nemo.resilience.watch import Watch
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rewards.final import final_answer
-from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.schema import EvaluateConfig
+
+RESPONSES_SUFFIX = ".responses.jsonl"
+"""Of the file beside `evaluation.out` that holds every response."""
 
 
 def run_rank(
     config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
 ) -> None:
-    """Roll out, verify and score; the main rank writes `evaluation.out` and prints a table."""
+    """Roll out, verify and score; the main rank writes `evaluation.out` with the responses beside it, and prints a
+    table."""
     settings = config.evaluation
     model = load_model(config, tokenizer, data, platform)
-    done = verified_rollouts(config, model, tokenizer, data, closers)
+    done = verified_rollouts(config, model, tokenizer, data, Path(settings.out), closers)
     batch, failures = done.batch, done.failures
     if not model.parallel.main:
         return
@@ -60,7 +68,9 @@ def run_rank(
         for i in range(0, len(batch), settings.samples)
     ]
     _write(Path(settings.out), facts, scores, rows, failures)
-    _show(facts, scores, Path(settings.out))
+    responses = _write_responses(Path(settings.out), done)
+    _show(facts, scores, [Path(settings.out), responses])
+    _show_wrong(done, settings.top)
 
 
 def load_model(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> PolicyModel:
@@ -90,6 +100,59 @@ class VerifiedRollouts:
     verifiers: VerifierPool
 
 
+def verified_rollouts(
+    config: EvaluateConfig,
+    model: PolicyModel,
+    tokenizer: Tokenizer,
+    data: PromptData,
+    out: Path,
+    closers: ExitStack,
+) -> VerifiedRollouts:
+    """`evaluation.samples` rollouts of each problem, verified; with a progress bar on a terminal, and a heartbeat in
+    the folder of ``out``."""
+    settings = config.evaluation
+    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
+    verifiers = VerifierPool(
+        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
+    )
+    closers.callback(verifiers.close)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    watch = Watch(out.parent, dist.get_rank(), limit_seconds=0)
+    parts: list[RolloutBatch] = []
+    failures: list[dict[str, str]] = []
+    at_a_time = max(1, config.rollout.batch_size * model.parallel.data_size // settings.samples)
+    for number, problems in enumerate(_in_parts(data.all(), at_a_time, shown=model.parallel.main)):
+        watch.step(number)
+        watch.beat("generate")
+        part = engine.generate(problems, settings.samples, seed=settings.seed, temperature=settings.temperature)
+        watch.beat("verify")
+        failures += verify_rollouts(part, verifiers, model.parallel)
+        parts.append(part)
+    watch.beat("done")
+    batch = concatenate(parts)
+    assert batch.rewards is not None
+    return VerifiedRollouts(batch, (batch.rewards >= 1.0) & batch.finished, failures, verifiers)
+
+
+def _in_parts(problems: list[Prompt], size: int, *, shown: bool) -> Iterator[list[Prompt]]:
+    """``problems``, ``size`` at a time, with a progress bar where ``shown`` and on a terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("problems"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+    )
+    with bar:
+        task = bar.add_task("problems", total=len(problems))
+        for start in range(0, len(problems), size):
+            part = problems[start : start + size]
+            yield part
+            bar.advance(task, len(part))
+
+
 def _votes(done: VerifiedRollouts, samples: int) -> list[list[int]]:
     """By problem, the answer that each rollout votes for; answers are equal if the verifier says so."""
     batch, right = done.batch, done.right.tolist()
@@ -104,7 +167,7 @@ def _votes(done: VerifiedRollouts, samples: int) -> list[list[int]]:
         [(batch.responses[later], answers[earlier]) for later, earlier in pairs],
         [batch.rows[later] for later, _ in pairs if batch.rows],
     ).values()
-    equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward >= 1.0}
+    equal = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward >= 1.0]
     return [
         vote_classes(
             answers[start : start + samples],
@@ -115,26 +178,9 @@ def _votes(done: VerifiedRollouts, samples: int) -> list[list[int]]:
     ]
 
 
-def verified_rollouts(
-    config: EvaluateConfig, model: PolicyModel, tokenizer: Tokenizer, data: PromptData, closers: ExitStack
-) -> VerifiedRollouts:
-    """`evaluation.samples` rollouts of each problem, verified."""
-    settings = config.evaluation
-    engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
-    batch = engine.generate(data.all(), settings.samples, seed=settings.seed, temperature=settings.temperature)
-    verifiers = VerifierPool(
-        [config.data.reward], workers=config.data.reward_workers, timeout_seconds=config.data.reward_timeout
-    )
-    closers.callback(verifiers.close)
-    failures = verify_rollouts(batch, verifiers, model.parallel)
-    assert batch.rewards is not None
-    return VerifiedRollouts(batch, (batch.rewards >= 1.0) & batch.finished, failures, verifiers)
-
-
 def _write(
     path: Path, facts: dict[str, Any], scores: dict[str, Score], rows: list[dict[str, Any]], failures: list[Any]
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         **facts,
         "scores": {name: score.as_dict() for name, score in scores.items()},
@@ -144,7 +190,24 @@ def _write(
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _show(facts: dict[str, Any], scores: dict[str, Score], path: Path) -> None:
+def _write_responses(out: Path, done: VerifiedRollouts) -> Path:
+    """Every response with its verdict, one JSON object a line."""
+    path, batch = out.with_suffix(RESPONSES_SUFFIX), done.batch
+    with path.open("w", encoding="utf-8") as file:
+        for i, right in enumerate(done.right.tolist()):
+            row = {
+                "prompt": batch.prompts[i],
+                "answer": batch.answers[i],
+                "response": batch.responses[i],
+                "right": right,
+                "finished": bool(batch.finished[i]),
+                "tokens": int(batch.response_lengths[i]),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def _show(facts: dict[str, Any], scores: dict[str, Score], paths: list[Path]) -> None:
     title = f"{facts['model']} on {facts['data']}: {facts['problems']} problems x {facts['samples']} rollouts"
     table = Table("", "mean", "95 %")
     for name, score in scores.items():
@@ -154,4 +217,15 @@ def _show(facts: dict[str, Any], scores: dict[str, Score], path: Path) -> None:
     console = Console(highlight=False)
     console.print(title, markup=False, soft_wrap=True)
     console.print(table)
-    console.print(str(path), markup=False, soft_wrap=True)
+    for path in paths:
+        console.print(str(path), markup=False, soft_wrap=True)
+
+
+def _show_wrong(done: VerifiedRollouts, count: int) -> None:
+    """The first wrong responses, one of each problem."""
+    console, batch = Console(highlight=False), done.batch
+    wrong = {int(batch.group_ids[i]): i for i in reversed(range(len(batch))) if not done.right[i]}
+    for i in sorted(wrong.values())[:count]:
+        ended = "" if batch.finished[i] else " (truncated)"
+        console.rule(f"wrong{ended}, reference {batch.answers[i]}", characters="-")
+        console.print(f"{batch.prompts[i]}\n{batch.responses[i]}", markup=False, soft_wrap=True)

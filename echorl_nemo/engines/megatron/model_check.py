@@ -49,7 +49,8 @@ def check_model(
     faults = model.parallel.share_objects(wrong)
     if faults:
         raise SharedError(_message(config, sorted(set(faults))[0]))
-    batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, hf_config)
+    positions = min(POSITIONS, scorer.pack_tokens or POSITIONS, hf_config.max_position_embeddings)
+    batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, positions)
     parameters = sum(weight.numel() for weight in model.module.parameters())
     total = sum(model.parallel.share_objects([parameters])) / model.parallel.data_size
     if total <= limit:
@@ -93,9 +94,8 @@ def _window(window: Any) -> tuple[int, int] | None:
     return None if not window or window[0] < 0 else (int(window[0]), int(window[1]))
 
 
-def _probe_batch(prompts: Sequence[tuple[int, ...]], vocabulary: int, hf_config: Any) -> RolloutBatch:
-    """[ROWS, POSITIONS] tokens, all but the first of each row a response."""
-    positions = min(POSITIONS, getattr(hf_config, "max_position_embeddings", None) or POSITIONS)
+def _probe_batch(prompts: Sequence[tuple[int, ...]], vocabulary: int, positions: int) -> RolloutBatch:
+    """[ROWS, positions] tokens, all but the first of each row a response."""
     tokens = torch.randint(vocabulary, (ROWS, positions), generator=torch.Generator().manual_seed(0))
     flat = [token for prompt in prompts[: ROWS * positions] for token in prompt][: ROWS // 2 * positions]
     tokens.view(-1)[: len(flat)] = torch.tensor(flat, dtype=torch.long)

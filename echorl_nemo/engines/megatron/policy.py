@@ -50,7 +50,7 @@ class Update:
     """What the optimizer steps of a training step gave."""
 
     metrics: dict[str, float]
-    """Means over the optimizer steps that were taken; empty if none was."""
+    """Means over the mini-batches whose numbers were finite, and `optimizer_steps`, how many steps were taken."""
     refused: list[str]
     """Why an optimizer step was not taken, for each that was not."""
 
@@ -102,6 +102,7 @@ class MegatronPolicy(MegatronScorer):
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        self.scheduler.step(increment=1)  # the first optimizer step has the rate of a step, not 0
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize_without_rescaling
 
@@ -110,6 +111,17 @@ class MegatronPolicy(MegatronScorer):
         for optimizer in self.optimizer.chained_optimizers:
             if not optimizer.is_stub_optimizer:
                 optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+
+    def restore_optimizer(self, optimizer: Any, scheduler: Any) -> None:
+        """Take over the state of a checkpoint, with this run's settings: Megatron keeps those that the checkpoint was
+        trained with in its parameter groups."""
+        self.optimizer.load_state_dict(optimizer)
+        for group in self.optimizer.param_groups:
+            group["max_lr"] = group["min_lr"] = self.trainer.lr
+            group["betas"] = (self.trainer.adam_beta1, self.trainer.adam_beta2)
+            group["eps"] = self.trainer.adam_eps
+        self.scheduler.num_steps = 0  # to which the checkpoint's are added
+        self.scheduler.load_state_dict(scheduler)
 
     def score_reference(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the response tokens under the reference policy, [N, S] float32 nats."""
@@ -135,8 +147,9 @@ class MegatronPolicy(MegatronScorer):
             yield name, weight.detach().contiguous()
 
     def update(self, batch: RolloutBatch) -> Update:
-        """One optimizer step on each mini-batch of whole groups. One whose loss or gradient norm is not finite is not
-        taken."""
+        """One optimizer step on each mini-batch of whole groups. None is taken where loss or gradient norm are not
+        finite, nor where the gradient is 0: there is nothing to learn, and Adam's momentum and the weight decay would
+        move the weights all the same."""
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
         taken: list[dict[str, float]] = []
@@ -147,7 +160,9 @@ class MegatronPolicy(MegatronScorer):
                     taken.append(self._optimizer_step(batch, part))
                 except NotFiniteError as why:
                     refused.append(f"optimizer step {n + 1} of {count}: {why}")
-        return Update({name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}, refused)
+        metrics = {name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}
+        metrics["optimizer_steps"] = sum(step["optimizer_steps"] for step in taken)
+        return Update(metrics, refused)
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
         member = torch.isin(batch.group_ids, torch.tensor(groups))
@@ -167,22 +182,25 @@ class MegatronPolicy(MegatronScorer):
         metrics = self._sum_reports(reports)
         if not math.isfinite(metrics["loss"]):
             raise NotFiniteError(f"the loss is {metrics['loss']}")
-        self._refuse_broken_gradients()
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = self._grad_norm()
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step(increment=1)
-        return {**metrics, "grad_norm": float(grad_norm), "lr": learning_rate}
+        if grad_norm:
+            self.optimizer.step()
+            self.scheduler.step(increment=1)
+        return {**metrics, "grad_norm": grad_norm, "lr": learning_rate, "optimizer_steps": float(grad_norm > 0)}
 
-    def _refuse_broken_gradients(self) -> None:
-        """Raise NotFiniteError before Megatron's step, which would write what it gets into the weights.
+    def _grad_norm(self) -> float:
+        """Of the whole gradient, before Megatron's step, which would write what it gets into the weights. Raises
+        NotFiniteError.
 
         That step counts the norm again: one more pass over the rank's part of the gradients, so that clipping and the
         step itself stay Megatron's.
         """
         found = self.optimizer.prepare_grads()
-        grad_norm = self.optimizer.get_grad_norm()
+        grad_norm = float(self.optimizer.get_grad_norm())
         if found or not math.isfinite(grad_norm):
             raise NotFiniteError(f"the gradient norm is {grad_norm}")
+        return grad_norm
 
     def _counts(self, batch: RolloutBatch) -> StepCounts:
         clip = torch.zeros(())
@@ -257,6 +275,7 @@ def _optimizer_config(trainer: TrainerConfig, model_config: Any) -> OptimizerCon
         weight_decay=trainer.weight_decay,
         adam_beta1=trainer.adam_beta1,
         adam_beta2=trainer.adam_beta2,
+        adam_eps=trainer.adam_eps,
         clip_grad=trainer.clip_grad,
         bf16=model_config.bf16,
         params_dtype=model_config.params_dtype,

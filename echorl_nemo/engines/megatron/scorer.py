@@ -47,9 +47,9 @@ class MegatronScorer:
             scored = self._run(batch, micro_rows, self._score_logits, forward_only=True)
         order = [row for rows in micro_rows for row in rows]
         width = batch.tokens.shape[1]
-        flat = torch.cat([torch.stack(pair) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), self._padded(width)), torch.float32)
-        table = table[:, : len(own), :width].cpu()  # what fills comes last
+        flat = torch.cat([_widened(torch.stack(pair), width) for pair in scored], dim=1) if scored else None
+        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), width), torch.float32)
+        table = table[:, : len(own)].cpu()  # what fills comes last
         result = torch.zeros(2, len(batch), width)
         for rows, values in self.parallel.share_over_replicas((order[: len(own)], table)):
             result[:, rows] = values
@@ -82,12 +82,15 @@ class MegatronScorer:
         forward_only: bool,
     ) -> list[Any]:
         """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
+        # pipeline stages exchange micro-batches of one shape; elsewhere each is as wide as its own longest rollout
         width = self._padded(batch.tokens.shape[1])
+        own_width = self.model.config.pipeline_model_parallel_size == 1
         packed_width = self._padded(max(int(batch.lengths[rows].sum()) for rows in micro_rows))
 
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             chosen = next(rows)
-            micro = _on_device(batch, chosen, width, self.parallel.device)
+            columns = self._padded(int(batch.lengths[chosen].max())) if own_width else width
+            micro = _on_device(batch, chosen, columns, self.parallel.device)
             row = None
             if self.pack_tokens:
                 row = pack_row(micro.tokens, batch.lengths[chosen].tolist(), packed_width)
@@ -146,8 +149,13 @@ class MegatronScorer:
         )
 
 
+def _widened(values: Tensor, width: int) -> Tensor:
+    """``values`` [2, B, columns] with zeros up to ``width`` columns, or without what pads it beyond."""
+    return torch.nn.functional.pad(values, (0, max(0, width - values.shape[2])))[:, :, :width]
+
+
 def _on_device(batch: RolloutBatch, rows: list[int], width: int, device: torch.device) -> RolloutBatch:
-    """The rollouts ``rows`` on the device, ``width`` columns each: a pipeline's micro-batches have one shape."""
+    """The rollouts ``rows`` on the device, ``width`` columns each."""
     micro = batch.select(rows)
     for name, value in vars(micro).items():
         if isinstance(value, Tensor):

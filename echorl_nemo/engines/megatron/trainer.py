@@ -62,6 +62,8 @@ class Trainer:
     """Verifiers that gave no answer in the latest step: prompt, answer, verifier and failure of each."""
     position: int = 0
     """Prompts asked so far; what a resumed run goes on from."""
+    generated: int = 0
+    """Response tokens that the latest step generated, of rollouts that it did not keep too."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each phase of the latest step."""
 
@@ -74,8 +76,8 @@ class Trainer:
         start = time.perf_counter()
         self.seconds = dict.fromkeys(("generate", "verify", "score", "update"), 0.0)
         self.failures = []
+        self.generated = 0
         batch, metrics = self.roll_out()
-        generated = float(batch.response_mask.sum())
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
         with self._timed("score"):
             metrics |= self.score(batch)
@@ -94,7 +96,7 @@ class Trainer:
             "verify.failures": float(len(self.failures)),
             "verify.timeouts": float(sum(failure["failure"].startswith(TIMED_OUT) for failure in self.failures)),
             "time.step": elapsed,
-            "tokens_per_second": generated / elapsed,
+            "tokens_per_second": self.generated / elapsed,
         }
         if isinstance(self.rollout, RestartingEngine):
             metrics["rollout.restarts"] = float(self.rollout.restarts)
@@ -139,6 +141,7 @@ class Trainer:
         self.position += count
         with self._timed("generate"):
             batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
+        self.generated += int(batch.response_mask.sum())
         with self._timed("verify"):
             self.failures += verify_rollouts(batch, self.verifiers, self.parallel)
         return batch

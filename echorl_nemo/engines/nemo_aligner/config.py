@@ -3,6 +3,7 @@
 Everything else keeps upstream's keys, with `grpo` where REINFORCE has `reinforce`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from echorl_nemo.echo import EchoRLConfig
 from echorl_nemo.errors import UserError, nearest
 from echorl_nemo.grpo import AlgoConfig
+from echorl_nemo.ops.ranges import check_fields, number
 
 SectionT = TypeVar("SectionT")
 
@@ -28,19 +30,21 @@ class VerifierConfig:
     extra: dict[str, float] = field(default_factory=dict)
     """Further verifiers with their weights; added to the reward after success is decided."""
 
-    workers: int = 2
+    workers: int = number(2, "[1, 1024]")
     """Processes that verify, of each replica of the policy."""
 
-    timeout: float = 10.0
+    timeout: float = number(10.0, "(0, 86400]")
     """Seconds that a verifier may take for a response; then its reward is 0, and counted."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"verifier.workers={self.workers} must be at least 1")
-        if self.timeout <= 0:
-            raise ValueError(f"verifier.timeout={self.timeout} must be above 0 seconds")
+        problems = [
+            f"verifier.extra.{name}={weight}: a weight is a finite number"
+            for name, weight in self.extra.items()
+            if not math.isfinite(weight)
+        ]
         if self.extra and self.name is None:
-            raise ValueError("verifier.extra: with verifier.name=null the remote reward model is the only reward")
+            problems.append("verifier.extra: with verifier.name=null the remote reward model is the only reward")
+        check_fields(self, "verifier", problems)
 
 
 def section(values: DictConfig | Mapping[str, Any] | None, schema: type[SectionT], where: str) -> SectionT:

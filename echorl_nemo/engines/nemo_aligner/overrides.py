@@ -13,7 +13,9 @@ MODEL_TYPES = {"llama": "llama", "qwen2": "qwen"}
 """Architectures that NeMo 2.1's converters know (`convert_{llama,qwen2}_hf_to_nemo.py`), and TensorRT-LLM's word."""
 
 UNREAD = (
+    "model.keep_special_tokens",
     "rollout.check_share",
+    "trainer.adam_eps",
     "trainer.timeout_minutes",
     "logger.rollouts_every",
     "logger.groups",

@@ -11,18 +11,23 @@ from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp, run_if
 from torch import Tensor
 
 from echorl_nemo.engines.nemo_aligner.config import VerifierConfig
-from echorl_nemo.rewards import Verdict, VerifierPool, find_verifier
+from echorl_nemo.errors import UserError
+from echorl_nemo.rewards import Verdict, VerifierPool, find_verifier, takes_row
 
 
 class InProcessRewards:
     """Verifies on one rank of each replica, while it generates on."""
 
     def __init__(self, config: VerifierConfig, tokenizer: Any) -> None:
-        """Raises UserError for a verifier that does not exist."""
+        """Raises UserError for a verifier that does not exist, or that takes the data's row."""
         assert config.name is not None
         names = [config.name, *config.extra]
         for name in names:
-            find_verifier(name)
+            if takes_row(find_verifier(name)):
+                raise UserError(
+                    f"verifier.name={name}: it takes the data's row, which NeMo-Aligner's batches do not carry; use "
+                    "one of (response, answer), or engine=megatron"
+                )
         self.tokenizer, self.failures = tokenizer, 0
         """Verdicts that could not be reached on this rank, so far."""
         self._pool = VerifierPool(names, workers=config.workers, timeout_seconds=config.timeout)

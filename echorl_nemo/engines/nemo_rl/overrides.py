@@ -22,6 +22,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 UNREAD = (
+    "model.keep_special_tokens",
     "rollout.check_share",
     "data.reward_timeout",
     "data.reward_workers",
@@ -145,6 +146,7 @@ def _megatron(config: RunConfig) -> dict[str, Any]:
         "optimizer.weight_decay": trainer.weight_decay,
         "optimizer.adam_beta1": trainer.adam_beta1,
         "optimizer.adam_beta2": trainer.adam_beta2,
+        "optimizer.adam_eps": trainer.adam_eps,
         # counted in steps here, of several optimizer steps each
         "scheduler.lr_warmup_iters": math.ceil(
             trainer.warmup_steps * trainer.minibatch_prompts / trainer.prompts_per_step

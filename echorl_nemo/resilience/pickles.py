@@ -1,0 +1,83 @@
+"""Pickles of a checkpoint: only what a checkpoint is made of is imported while one is read.
+
+A pickle can name any function, and reading it calls the function. torch and Megatron read several pickles of a
+checkpoint without a limit, so that Python's audit event of every look-up is watched instead (`sys.addaudithook`).
+"""
+
+import builtins
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from echorl_nemo.errors import UserError
+
+MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "megatron.core.dist_checkpointing.mapping",
+    "echorl_nemo.errors",
+)
+"""Of which every name is harmless."""
+NAMES = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.distributed.checkpoint.api", "CheckpointException"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.storage", "_load_from_bytes"),
+    ("torch.storage", "UntypedStorage"),
+    ("traceback", "FrameSummary"),
+    ("traceback", "StackSummary"),
+}
+_reading: list[Path] = []
+_watching: list[bool] = []
+
+
+@contextmanager
+def checkpoint_classes_only(checkpoint: Path) -> Iterator[None]:
+    """While ``checkpoint`` is read: UserError, from within whatever reads a pickle, for a name that no checkpoint
+    holds."""
+    if not _watching:
+        sys.addaudithook(_refuse_other_names)  # for good: a hook cannot be taken back
+        _watching.append(True)
+    _reading.append(checkpoint)
+    try:
+        yield
+    finally:
+        _reading.pop()
+
+
+def _refuse_other_names(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "pickle.find_class" or not _reading:
+        return
+    module, name = str(arguments[0]), str(arguments[1])
+    if not _is_harmless(module, name):
+        raise UserError(
+            f"{_reading[-1]}: a pickle in it names {module}.{name}, which no checkpoint of this program holds, and "
+            "which reading it would call; restore the checkpoint from a copy that you trust"
+        )
+
+
+def _is_harmless(module: str, name: str) -> bool:
+    if module in MODULES or (module, name) in NAMES:
+        return True
+    if module == "torch":
+        value = getattr(torch, name, None)
+        return isinstance(value, torch.dtype) or name.endswith("Storage")
+    if module == "builtins":
+        value = getattr(builtins, name, None)
+        return name in ("set", "frozenset", "complex", "bytearray", "slice", "range") or (
+            isinstance(value, type) and issubclass(value, BaseException)
+        )
+    return False
