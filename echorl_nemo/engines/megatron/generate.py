@@ -49,15 +49,15 @@ class MegatronRolloutEngine:
         self.model.ddp.eval()
         parts = []
         with torch.no_grad(), _whole_positions(self.model):
-            for start in range(0, len(rows), size):
-                chosen = by_length[start : start + size]
-                decoding = _Decoding(
-                    self,
-                    [rows[i] for i in chosen],
-                    seed,
-                    self.config.temperature if temperature is None else temperature,
-                )
-                parts.append(decoding.run())
+            heat = self.config.temperature if temperature is None else temperature
+            batches = -(-len(rows) // size)
+            for number in range(self.parallel.most_of_replicas(batches)):
+                chosen = by_length[number * size : (number + 1) * size]
+                # a replica without a rollout goes along with one that nobody gets
+                mine_here = [rows[i] for i in chosen] or [(prompts[0], 0)]
+                part = _Decoding(self, mine_here, seed, heat).run()
+                if number < batches:
+                    parts.append(part)
         mine = None
         if parts:
             back_in_order = torch.tensor(by_length).argsort()
@@ -123,10 +123,27 @@ class _Decoding:
             self._extend(active, logits, end)
             done = self.finished[active] | (self.lengths[active] - self.prompt_lengths[active] >= self._budget)
             if bool(done.all()):
+                self._wait_in_step(active, end - 1, context)
                 return self._collect()
+            self._say_that_more_follows()
             if float(done.float().mean()) >= COMPACT_SHARE:
                 active = self._drop(active, ~done, context)
             start, end = end, end + 1
+
+    def _say_that_more_follows(self) -> None:
+        """To replicas that are done, and share experts with this one."""
+        self.engine.parallel.most_of_replicas(1)
+
+    def _wait_in_step(self, active: Tensor, position: int, context: StaticInferenceContext) -> None:
+        """Until every replica that shares experts with this one is done, repeat the forward of the token at
+        ``position`` with one rollout, for the others' tokens that are routed here."""
+        first = torch.zeros(len(active), dtype=torch.bool, device=active.device)
+        first[0] = True
+        while self.engine.parallel.in_step and self.engine.parallel.most_of_replicas(0):
+            if len(active) > 1:
+                active, first = self._drop(active, first, context), first[:1]
+            context.sequence_len_offset = position
+            self._forward(self.tokens[active, position : position + 1], position, context)
 
     @property
     def _budget(self) -> int:

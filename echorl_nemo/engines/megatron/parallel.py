@@ -36,6 +36,8 @@ class Parallel:
     """Global rank, in this replica, of the last pipeline stage's first tensor rank: it has the logits."""
     data_rank: int
     data_size: int
+    in_step: bool
+    """Whether replicas share the experts of a mixture, so that each forward of one is a forward of all."""
     first_stage: bool
     last_stage: bool
 
@@ -86,6 +88,10 @@ class Parallel:
         dist.all_gather_object(gathered, mine, group=self.data_host_group)
         return gathered
 
+    def most_of_replicas(self, mine: int) -> int:
+        """The largest of what the replicas give, where they have to stay in step; else ``mine``."""
+        return max(self.share_over_replicas(mine)) if self.in_step else mine
+
     def share_rollouts(self, mine: RolloutBatch | None) -> RolloutBatch:
         """The rollouts of all replicas, in their order; ``mine`` is None where a replica has none."""
         return concatenate([part for part in self.share_over_replicas(mine) if part is not None])
@@ -127,6 +133,7 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
         source=source,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        in_step=layout.expert > 1 and parallel_state.get_data_parallel_world_size() > 1,
         first_stage=first,
         last_stage=last,
     )

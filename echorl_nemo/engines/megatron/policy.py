@@ -170,10 +170,12 @@ class MegatronPolicy(MegatronScorer):
         counts = self._counts(batch)
         own = torch.tensor(groups[self.parallel.data_rank :: self.parallel.data_size], dtype=torch.long)
         rows = torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist()
-        if filling := self._filling(len(rows)):
-            rows += range(len(batch), len(batch) + filling)
-            batch = concatenate([batch, _without_loss(batch.select([0] * filling))])
+        filling, idle_row = self._filling(len(rows)), len(batch)
+        rows += range(len(batch), len(batch) + filling)
+        if filling or self.parallel.in_step:
+            batch = concatenate([batch, _without_loss(batch.select([0] * max(1, filling)))])
         micro_rows = self._micro_batches(batch, rows)
+        micro_rows += self._idle(len(micro_rows), row=idle_row)
 
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()

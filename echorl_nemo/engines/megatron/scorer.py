@@ -44,6 +44,7 @@ class MegatronScorer:
         self.model.ddp.eval()
         with torch.no_grad():
             micro_rows = self._micro_batches(batch, own + [0] * self._filling(len(own)))
+            micro_rows += self._idle(len(micro_rows), row=0)
             scored = self._run(batch, micro_rows, self._score_logits, forward_only=True)
         order = [row for rows in micro_rows for row in rows]
         width = batch.tokens.shape[1]
@@ -61,6 +62,12 @@ class MegatronScorer:
         replica without any rollout still takes part in every collective."""
         size = 1 if self.pack_tokens else self.micro_batch_size
         return -rows % size if rows else size
+
+    def _idle(self, micro_batches: int, *, row: int) -> list[list[int]]:
+        """Further micro-batches of ``row``, where another replica has more than ``micro_batches`` and waits for this
+        one's experts."""
+        missing = self.parallel.most_of_replicas(micro_batches) - micro_batches
+        return [[row] * (1 if self.pack_tokens else self.micro_batch_size)] * missing
 
     def _padded(self, width: int) -> int:
         """Columns of a micro-batch whose longest rollout has ``width``: sequence parallelism splits them evenly."""

@@ -1,0 +1,115 @@
+"""Replicas that share the experts of a mixture stay in step, whatever each of them has to do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.bridge import AutoBridge
+
+from echorl_nemo.engines.megatron import model as built
+from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.errors import UserError
+from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.schema import RunConfig
+from tests.engines.megatron.families import make_model
+from tests.engines.megatron.helpers import PLATFORM, tiny_config, trainer_of
+
+Ranks = Callable[..., list[Any]]
+PROMPTS = ["1a+1", "2a+3b*7c+1d+2e+5", "3a*3", "4a+4b+4c+4d+4e+4f+4", "5b*7"]
+
+
+def _config(folder: Path, *overrides: str) -> RunConfig:
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in PROMPTS))
+    return tiny_config(
+        f"model.path={folder / 'model'}", f"data.train={data}", "data.eval=null", "parallel.expert=2",
+        "parallel.data=2", "model.verify=off", "rollout.max_new_tokens=24", "rollout.batch_size=3",
+        "trainer.micro_batch_size=2", *overrides,
+    )  # fmt: skip
+
+
+def _with_random_experts() -> None:
+    """Megatron-Bridge would load the first rank's experts on every rank; and each weight says whose gradient it has."""
+    original = AutoBridge.to_megatron_provider
+
+    def without_weights(bridge: Any, load_weights: bool = True) -> Any:
+        return original(bridge, load_weights=False)
+
+    built.AutoBridge.to_megatron_provider = without_weights  # type: ignore[attr-defined]
+
+
+def _rollouts(config: RunConfig, order: list[int]) -> tuple[dict[int, list[list[int]]], Any]:
+    """On a rank: the responses of each prompt, asked in ``order``; and how far scores lie from generation."""
+    _with_random_experts()
+    trainer = trainer_of(config)
+    prompts = trainer.train_data.all()
+    batch = trainer.rollout.generate([prompts[i] for i in order], 2, seed=3)
+    responses: dict[int, list[list[int]]] = {}
+    for row, group in enumerate(batch.group_ids.tolist()):
+        responses.setdefault(group, []).append(batch.tokens[row][batch.response_mask[row]].tolist())
+    logprobs, _ = trainer.policy.score(batch)
+    assert batch.rollout_logprobs is not None
+    return responses, float((logprobs - batch.rollout_logprobs).abs().max())
+
+
+@pytest.mark.parametrize("packed", [[], ["trainer.pack_tokens=64"]], ids=["padded", "packed"])
+def test_replicas_with_unequal_work_end(ranks: Ranks, tmp_path: Path, packed: list[str]) -> None:
+    """Prompts of different lengths, batches and micro-batches of different numbers on the two replicas; the same
+    rollouts whoever generates them."""
+    make_model("qwen3-moe", tmp_path / "model")
+    one, other = (
+        ranks(2, _rollouts, _config(tmp_path, *packed), order) for order in ([0, 1, 2, 3, 4], [4, 1, 0, 3, 2])
+    )
+    assert one[0][0] == one[1][0] == other[0][0] == other[1][0]
+    lengths = {len(response) for responses in one[0][0].values() for response in responses}
+    assert len(one[0][0]) == len(PROMPTS) and len(lengths) > 1
+    assert max(gap for _, gap in (*one, *other)) < 1e-4
+
+
+def _a_replica_without_a_prompt(config: RunConfig) -> int:
+    _with_random_experts()
+    trainer = trainer_of(config)
+    return len(trainer.rollout.generate(trainer.train_data.all()[:1], 2, seed=3))
+
+
+def test_a_replica_without_a_prompt_goes_along(ranks: Ranks, tmp_path: Path) -> None:
+    make_model("qwen3-moe", tmp_path / "model")
+    assert ranks(2, _a_replica_without_a_prompt, _config(tmp_path)) == [2, 2]
+
+
+def _update(config: RunConfig, group_sizes: list[int]) -> float:
+    """On a rank: the gradient norm of an optimizer step on groups that give the replicas different numbers of rows."""
+    _with_random_experts()
+    trainer = trainer_of(config)
+    generator = torch.Generator().manual_seed(0)
+    count, width = sum(group_sizes), 12
+    batch = RolloutBatch(
+        tokens=torch.randint(3, 33, (count, width), generator=generator),
+        response_mask=(torch.arange(width) >= 4).expand(count, -1),
+        lengths=torch.full((count,), width),
+        finished=torch.ones(count, dtype=torch.bool),
+        group_ids=torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(group_sizes)),
+        rewards=(torch.arange(count) % 2).float(),
+    )
+    trainer.score(batch)
+    trainer.estimate_advantages(batch)
+    metrics = trainer.policy.update(batch).metrics
+    assert metrics["optimizer_steps"] == 1
+    return metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("packed", [[], ["trainer.pack_tokens=64"]], ids=["padded", "packed"])
+def test_updates_with_unequal_numbers_of_micro_batches_end(ranks: Ranks, tmp_path: Path, packed: list[str]) -> None:
+    make_model("qwen3-moe", tmp_path / "model")
+    config = _config(tmp_path, *packed)
+    norms = ranks(2, _update, config, [8, 2, 6, 2])
+    assert norms[0] == norms[1] > 0
+
+
+def test_training_with_spread_experts_is_refused_without_transformer_engine(tmp_path: Path) -> None:
+    make_model("qwen3-moe", tmp_path / "model")
+    with pytest.raises(UserError, match="parallel.expert=2: without Transformer Engine"):
+        check(_config(tmp_path, "trainer.export=false"), PLATFORM)
