@@ -15,7 +15,7 @@ from echorl_nemo.config import CONFIG_DIR, known_keys, load_config, to_yaml
 from echorl_nemo.data.config import DataConfig
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import LoggerConfig
-from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
+from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig, VllmConfig
 from echorl_nemo.schema import (
     AnalysisConfig,
     ClusterConfig,
@@ -212,7 +212,7 @@ def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
     "section",
     [
         echo.EchoRLConfig, grpo.AlgoConfig, RolloutConfig, DataConfig, ModelConfig, ParallelConfig, TrainerConfig,
-        LoggerConfig, EvaluationConfig, AnalysisConfig, TrtllmConfig, ClusterConfig, LayoutConfig,
+        LoggerConfig, EvaluationConfig, AnalysisConfig, TrtllmConfig, ClusterConfig, LayoutConfig, VllmConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_its_docstring(section: type) -> None:

@@ -114,9 +114,12 @@ def _stage_memory(
         in_update.append(
             Item("logits", sizes.micro_tokens * hf.vocab_size / layout.tensor * bytes_each, f"s V / T x {why}")
         )
-    in_generation = _rollout_memory(config, hf, sizes, stages, number, used=_sum(always))
+    # NeMo-RL moves model and optimizer to the host before an engine of its own generates
+    moved_away = config.engine == "nemo_rl" and config.rollout.engine != "megatron"
+    kept = [item for item in always if not moved_away or item.name == "other"]
+    in_generation = _rollout_memory(config, hf, sizes, stages, number, used=_sum(kept))
     items = [Item(item.name, item.value / GIB, item.formula) for item in (*always, *in_update, *in_generation)]
-    return Memory(number, items, _sum(always + in_update) / GIB, _sum(always + in_generation) / GIB)
+    return Memory(number, items, _sum(always + in_update) / GIB, _sum(kept + in_generation) / GIB)
 
 
 def micro_batches(config: RunConfig, sizes: Shape) -> int:
@@ -159,16 +162,20 @@ def _rollout_memory(
         return [Item("KV cache", value, f"{concurrent} rollouts x {sizes.tokens} tokens x layers x 4k/T")]
     weights = 2 * total / engine_gpus(config)
     free = max(0.0, config.cluster.gpu_memory_gib * GIB - used - weights)
-    return [
+    items = [
         Item("engine's weights", weights, "2 x all parameters / GPUs of an engine"),
         Item("KV cache", rollout.trtllm.gpu_memory_fraction * free, "gpu_memory_fraction of what is free"),
-        Item("refit", rollout.trtllm.refit_bucket_mb * (1 << 20), "rollout.trtllm.refit_bucket_mb"),
     ]
+    if rollout.engine == "trtllm":
+        refit = rollout.trtllm.refit_bucket_mb * (1 << 20)
+        items.append(Item("refit", refit, "rollout.trtllm.refit_bucket_mb"))
+    return items
 
 
 def engine_gpus(config: RunConfig) -> int:
-    """GPUs of a rollout engine of its own; vLLM, and TensorRT-LLM in NeMo-Aligner, have as many as share a layer in
-    training."""
+    """GPUs of a rollout engine of its own; TensorRT-LLM in NeMo-Aligner has as many as share a layer in training."""
+    if config.rollout.engine == "vllm":
+        return config.rollout.vllm.tensor_parallel or config.parallel.tensor
     own = config.rollout.engine == "trtllm" and config.engine == "megatron"
     return config.rollout.trtllm.tensor_parallel if own else config.parallel.tensor
 

@@ -167,7 +167,7 @@ def memory_problems(config: RunConfig, estimates: list[Memory]) -> list[str]:
         "activations": "trainer.recompute=full, parallel.sequence=true or a smaller trainer.micro_batch_size",
         "logits": "a smaller trainer.micro_batch_size or a larger parallel.tensor",
         "KV cache": "a smaller rollout.batch_size",
-        "engine's weights": "a larger rollout.trtllm.tensor_parallel",
+        "engine's weights": f"a larger rollout.{config.rollout.engine}.tensor_parallel",
     }
     remedy = remedies.get(largest.name, "a larger parallel.tensor or parallel.pipeline, or more GPUs")
     return [

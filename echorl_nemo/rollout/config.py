@@ -47,6 +47,17 @@ class TrtllmConfig:
 
 
 @dataclass(kw_only=True)
+class VllmConfig:
+    """vLLM's engine in NeMo-RL, where `rollout.engine` is vllm."""
+
+    tensor_parallel: int | None = number(None, "[1, 1024]", "null is parallel.tensor")
+    """GPUs of each engine. Null: as many as share a layer in training, `parallel.tensor`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rollout.vllm", error=UserError)
+
+
+@dataclass(kw_only=True)
 class RolloutConfig:
     """How rollouts are generated."""
 
@@ -80,6 +91,9 @@ class RolloutConfig:
 
     trtllm: TrtllmConfig = field(default_factory=TrtllmConfig)
     """Settings of TensorRT-LLM."""
+
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Settings of vLLM."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rollout", error=UserError)

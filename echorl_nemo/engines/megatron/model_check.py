@@ -50,6 +50,8 @@ def check_model(
     if faults:
         raise SharedError(_message(config, sorted(set(faults))[0]))
     positions = min(POSITIONS, scorer.pack_tokens or POSITIONS, hf_config.max_position_embeddings)
+    # the same on every rank, whatever data each of them has read
+    prompts = model.parallel.of_main(lambda: list(prompts[: ROWS * POSITIONS]))
     batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, positions)
     parameters = sum(weight.numel() for weight in model.module.parameters())
     total = sum(model.parallel.share_objects([parameters])) / model.parallel.data_size
@@ -97,7 +99,7 @@ def _window(window: Any) -> tuple[int, int] | None:
 def _probe_batch(prompts: Sequence[tuple[int, ...]], vocabulary: int, positions: int) -> RolloutBatch:
     """[ROWS, positions] tokens, all but the first of each row a response."""
     tokens = torch.randint(vocabulary, (ROWS, positions), generator=torch.Generator().manual_seed(0))
-    flat = [token for prompt in prompts[: ROWS * positions] for token in prompt][: ROWS // 2 * positions]
+    flat = [token for prompt in prompts for token in prompt][: ROWS // 2 * positions]
     tokens.view(-1)[: len(flat)] = torch.tensor(flat, dtype=torch.long)
     mask = torch.ones(tokens.shape, dtype=torch.bool)
     mask[:, 0] = False

@@ -161,7 +161,7 @@ class MegatronPolicy(MegatronScorer):
                 except NotFiniteError as why:
                     refused.append(f"optimizer step {n + 1} of {count}: {why}")
         metrics = {name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}
-        metrics["optimizer_steps"] = sum(step["optimizer_steps"] for step in taken)
+        metrics["optimizer_steps"] = float(sum(step["optimizer_steps"] for step in taken))
         return Update(metrics, refused)
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:

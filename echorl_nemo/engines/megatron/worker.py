@@ -266,7 +266,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
         trainer=settings,
         temperature=config.rollout.temperature,
         optimizer_steps=settings.steps * (settings.prompts_per_step // settings.minibatch_prompts),
-        vocab_size=len(inputs.tokenizer),
+        vocab_size=_vocabulary(config, inputs),
     )
     if config.model.verify == "auto":
         watch.beat("check the model")
@@ -285,6 +285,12 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
         boundary_ids=inputs.boundary_ids,
         watch=watch,
     )
+
+
+def _vocabulary(config: RunConfig, inputs: Inputs) -> int | None:
+    """Entries that count in a distribution: the tokenizer's, where this engine samples. TensorRT-LLM samples from all
+    that the model has, and the policy's log-probs have to be those of what it sampled from."""
+    return len(inputs.tokenizer) if config.rollout.engine == "megatron" else None
 
 
 def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> None:
@@ -307,7 +313,7 @@ def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -
         inputs.tokenizer,
         config.rollout,
         model.parallel,
-        vocab_size=len(inputs.tokenizer),
+        vocab_size=model.config.vocab_size,
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
     return RestartingEngine(start, policy, tells=model.parallel.main)

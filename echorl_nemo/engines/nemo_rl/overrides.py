@@ -168,7 +168,7 @@ def _generation(config: RunConfig, stop_ids: Sequence[int]) -> dict[str, Any]:
         "stop_token_ids": list(stop_ids) or None,
     }
     if rollout.engine == "vllm":
-        settings["vllm_cfg.tensor_parallel_size"] = config.parallel.tensor
+        settings["vllm_cfg.tensor_parallel_size"] = rollout.vllm.tensor_parallel or config.parallel.tensor
     return {f"policy.generation.{name}": value for name, value in settings.items()}
 
 

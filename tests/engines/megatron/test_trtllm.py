@@ -229,7 +229,7 @@ def test_without_tensorrt_llm() -> None:
         UserError, match="the package tensorrt_llm is not installed; run in a container that carries it"
     ):
         check(tiny_config(*TRTLLM))
-    with pytest.raises(UserError, match="algo.tis_cap=2.0 mends the ratio .* use null, or importance=policy"):
+    with pytest.raises(UserError, match="algo.tis_cap=2.0 corrects the ratio .* use null, or importance=policy"):
         tiny_config("algo.importance=rollout", "algo.tis_cap=2.0")
 
 

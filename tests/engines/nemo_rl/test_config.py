@@ -39,7 +39,7 @@ def test_a_good_configuration_passes() -> None:
         ("loss_fn.echorl", None, "loss_fn.echorl is missing: start from a recipe of conf/nemo_rl"),
         ("loss_fn.echorl.coeff", 1.0, "loss_fn.echorl.coeff: no such key; did you mean coef?"),
         ("loss_fn.echorl.span", "suffix", "loss_fn.echorl.span='suffix' is not known; use one of prefix"),
-        ("loss_fn.echorl.coef", "much", "loss_fn.echorl: "),
+        ("loss_fn.echorl.coef", "much", "loss_fn.echorl.coef=much must lie in"),
         ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the log-prob pass"),
         ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
         ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),

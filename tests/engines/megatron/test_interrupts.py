@@ -1,0 +1,112 @@
+"""Ctrl-C and its like, as a person meets them: on processes of the program's own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from echorl_nemo.report.logger import read_lines
+from echorl_nemo.resilience.stop import EXIT_REQUEUE
+
+SETTINGS = [
+    "trainer.steps=400", "trainer.prompts_per_step=4", "trainer.minibatch_prompts=4", "trainer.micro_batch_size=8",
+    "rollout.group_size=4", "rollout.max_new_tokens=16", "data.eval=null", "logger.tensorboard=false",
+]  # fmt: skip
+
+
+def start(run: Path, in_repository: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A training of many steps, in a process group of its own, as a terminal has it."""
+    command = [sys.executable, "-m", "echorl_nemo", "train", "--config-name", "quickstart", *SETTINGS, *overrides]
+    return subprocess.Popen(
+        [*command, f"trainer.run_dir={run}"], cwd=in_repository, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def until_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not any(row["step"] >= step for row in read_lines(run / "metrics.jsonl")):
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "overrides"),
+    [
+        (signal.SIGINT, ["parallel=tensor2"]),
+        (signal.SIGHUP, ["parallel=single"]),
+        (signal.SIGTERM, ["parallel=single"]),
+    ],
+    ids=["INT", "HUP", "TERM"],
+)
+def test_a_run_that_is_asked_to_stop_can_go_on(
+    in_repository: Path, tmp_path: Path, number: signal.Signals, overrides: list[str]
+) -> None:
+    """The step is finished and saved, the report written, and the command that is printed goes on."""
+    run = tmp_path / "run"
+    process = start(run, in_repository, *overrides)
+    until_step(run, 1)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_REQUEUE, output
+    assert "Traceback" not in output and output.count(f": {number.name}; saved, exit code 75") == 1
+    made = read_lines(run / "metrics.jsonl")[-1]["step"] + 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{made:06d}"]
+    assert "EchoRL run" in (run / "report.html").read_text()
+    (line,) = [line for line in output.splitlines() if line.startswith("to go on: ")]
+    words = line.removeprefix("to go on: echorl-nemo ").split()
+    done = subprocess.run(
+        [sys.executable, "-m", "echorl_nemo", *words, f"trainer.steps={made + 1}", "trainer.export=false"],
+        cwd=in_repository, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(made + 1))
+
+
+def test_the_second_ctrl_c_ends_at_once(in_repository: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # a verifier that hangs keeps the step from its end
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}a+1", "answer": "4"}) + "\n" for n in range(1, 5)))
+    process = start(
+        run, in_repository, "parallel=tensor2", f"data.train={data}", "data.reward_timeout=600",
+        "data.reward=tests.rewards.verifiers:hangs_on_four",
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    heartbeat = run / "heartbeat.json"
+    while not (heartbeat.is_file() and '"verify"' in heartbeat.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)  # two presses, not one that is counted twice
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output.count("error: interrupted twice: what was learnt since the last checkpoint is lost") == 1
+    assert "Traceback" not in output
+
+
+def test_ctrl_c_before_the_ranks_writes_nothing(
+    in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the run is checked, here while a verifier of one's own is imported."""
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    (tmp_path / "slow_import.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(run, in_repository, "parallel=single", "data.reward=slow_import:verify")
+    deadline = time.monotonic() + 240
+    while not mark.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[-1]) == (1, "interrupted")
+    assert not run.exists() and "Traceback" not in output
