@@ -42,18 +42,24 @@ NAMES = {
 }
 _reading: list[Path] = []
 _watching: list[bool] = []
+_refused: list[str] = []
 
 
 @contextmanager
 def checkpoint_classes_only(checkpoint: Path) -> Iterator[None]:
-    """While ``checkpoint`` is read: UserError, from within whatever reads a pickle, for a name that no checkpoint
-    holds."""
+    """While ``checkpoint`` is read, pickles may name nothing else. Raises UserError for a name that no checkpoint holds,
+    whatever the library that reads makes of it."""
     if not _watching:
         sys.addaudithook(_refuse_other_names)  # for good: a hook cannot be taken back
         _watching.append(True)
     _reading.append(checkpoint)
+    _refused.clear()
     try:
         yield
+    except Exception as error:
+        if _refused:
+            raise UserError(_refused[0]) from error
+        raise
     finally:
         _reading.pop()
 
@@ -63,10 +69,11 @@ def _refuse_other_names(event: str, arguments: tuple[object, ...]) -> None:
         return
     module, name = str(arguments[0]), str(arguments[1])
     if not _is_harmless(module, name):
-        raise UserError(
+        _refused.append(
             f"{_reading[-1]}: a pickle in it names {module}.{name}, which no checkpoint of this program holds, and "
             "which reading it would call; restore the checkpoint from a copy that you trust"
         )
+        raise UserError(_refused[-1])
 
 
 def _is_harmless(module: str, name: str) -> bool:

@@ -7,6 +7,7 @@ queue or cache of rollouts has to be saved. It loads at another layout; then the
 
 import logging
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -261,10 +262,9 @@ def _refusing_other_pickles(checkpoint: Path) -> Iterator[None]:
     try:
         with checkpoint_classes_only(checkpoint):
             yield
-    except CheckpointException as error:
-        refused = [cause[0] for cause in error.failures.values() if isinstance(cause[0], UserError)]
-        if refused:
-            raise SharedError(str(refused[0])) from error
+    except CheckpointException as error:  # of the ranks that read together, another one refused
+        if found := re.search(r"\S+: a pickle in it names [^\n]*", str(error)):
+            raise SharedError(found[0]) from error
         raise
 
 
