@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from echorl_nemo.cli import main
 from echorl_nemo.report.logger import read_lines
+from echorl_nemo.report.metrics_reference import is_described
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -35,6 +36,7 @@ def test_a_run_from_start_to_report(in_repository: Path, tmp_path: Path) -> None
     metrics = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [-1, 0, 1, 2]
     assert [("eval.accuracy" in row) for row in metrics] == [True, False, True, True]
+    assert [name for row in metrics for name in row if name != "step" and not is_described(name)] == []
     assert metrics[1]["rollout.logprob_gap"] < 1e-5 and metrics[1]["rollout.entropy_gap"] < 1e-4
     rollouts = read_lines(run / "rollouts.jsonl")
     assert sorted({row["step"] for row in rollouts}) == [0, 2] and len(rollouts) == 2 * 4 * 4
@@ -101,14 +103,18 @@ def test_evaluation_of_a_folder_and_of_a_checkpoint(in_repository: Path, tiny_ch
         "parallel.device=cpu",
     ]  # fmt: skip
     out = tmp_path / "plain.json"
-    done = cli("evaluate", *settings, f"evaluation.out={out}", "parallel.tensor=2", cwd=in_repository)
+    done = cli("evaluate", *settings, f"evaluation.out={out}", "parallel.tensor=2", "--top", "2", cwd=in_repository)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrong, reference") + done.stdout.count("wrong (truncated), reference") == 2
+    responses = read_lines(tmp_path / "plain.responses.jsonl")
+    assert len(responses) == 96 and json.loads((tmp_path / "heartbeat.json").read_text())["phase"] == "done"
     for word in ("24 problems x 4 rollouts", "pass@1", "pass@4", "maj@4"):
         assert word in done.stdout
     plain = json.loads(out.read_text())
     detail = plain["problems_detail"]
     assert plain["problems"] == len(detail) == 24
     share = sum(map(sum, (row["correct"] for row in detail))) / 96
+    assert share == sum(row["right"] for row in responses) / 96
     assert plain["scores"]["pass@1"]["value"] == pytest.approx(share, abs=1e-12) and 0.4 < share < 0.95
     assert plain["scores"]["pass@4"]["value"] == sum(any(row["correct"]) for row in detail) / 24
     assert plain["scores"]["pass@1"]["low"] < share < plain["scores"]["pass@1"]["high"]
@@ -136,6 +142,9 @@ def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest
             "evaluation.checkpoint=/nowhere is no complete checkpoint",
         ),
         (["evaluation.sample=2"], "did you mean evaluation.samples?"),
+        ([f"evaluation.out={tiny_chain}"], f"evaluation.out={tiny_chain}: a folder of that name is there; name a file"),
+        (["evaluation.out=/proc/x.json"], "evaluation.out=/proc/x.json: it cannot be written"),
+        ([f"evaluation.out={__file__}/x.json"], "is no folder; name another file"),
     ):
         assert main(["evaluate", model, *overrides]) == 1
         assert message in capsys.readouterr().err

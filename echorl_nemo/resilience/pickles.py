@@ -47,8 +47,8 @@ _refused: list[str] = []
 
 @contextmanager
 def checkpoint_classes_only(checkpoint: Path) -> Iterator[None]:
-    """While ``checkpoint`` is read, pickles may name nothing else. Raises UserError for a name that no checkpoint holds,
-    whatever the library that reads makes of it."""
+    """While ``checkpoint`` is read, pickles may name nothing else. Raises UserError for a name that no checkpoint
+    holds, whatever the library that reads makes of it."""
     if not _watching:
         sys.addaudithook(_refuse_other_names)  # for good: a hook cannot be taken back
         _watching.append(True)

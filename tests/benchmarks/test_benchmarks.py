@@ -67,6 +67,14 @@ def test_the_probes_benchmark_runs_against_the_stub(tiny_chain: Path, capsys: py
         assert trtllm_probe.main([*command, "--repetitions=1"]) == 1
 
 
+def test_a_fault_in_any_phase_leaves_nothing_and_is_told_once(in_repository: Path) -> None:
+    """A seeded 12 of the 192 combinations."""
+    command = [sys.executable, "-m", "benchmarks.faults", "--sample", "12"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert "12 of 12 combinations are right" in result.stdout
+
+
 def test_chaos_changes_no_run(in_repository: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "4", "--steps", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -189,3 +189,22 @@ def test_kl_estimators_have_the_right_mean() -> None:
 def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlgoConfig(**setting)
+
+
+def test_metrics_are_means_over_the_tokens_that_count() -> None:
+    """A KL of .5 at every token of 2 live rollouts of 8 is .5, not .125."""
+    live = torch.arange(8) < 2
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    zero = torch.zeros(8, 3)
+    inputs = LossInputs(
+        logprobs=zero, old_logprobs=zero, advantages=live.float(), response_mask=mask, counted=live, entropies=zero + 2,
+        totals=StepTotals(2.0, 6.0, 24.0), reference_logprobs=zero - 0.5, rollout_logprobs=zero - 9.0,
+    )  # fmt: skip
+    metrics = policy_loss(inputs, AlgoConfig(kl_coef=0.1, kl_estimator="k1", icepop_high=2.0)).metrics
+    assert float(metrics["kl_reference"]) == pytest.approx(0.5)
+    assert float(metrics["mismatch_dropped"]) == pytest.approx(1.0)
+    assert float(metrics["entropy"]) == pytest.approx(2.0)
+    off_policy = LossInputs(**{**vars(inputs), "old_logprobs": zero - 1.0, "rollout_logprobs": zero - 1.0})
+    metrics = policy_loss(off_policy, AlgoConfig()).metrics
+    assert float(metrics["ratio_clipped"]) == pytest.approx(1.0)
+    assert float(metrics["kl_old"]) == pytest.approx(math.e - 2)

@@ -218,3 +218,23 @@ def test_a_folder_without_room_or_leave(tmp_path: Path) -> None:
     (problem,) = folder_problems(tmp_path / "run", 10**15)
     assert "a checkpoint has 14000000 GB; make room" in problem
     assert folder_problems(tmp_path / "run", 1) == []
+
+
+QWEN3_30B = [
+    "engine=nemo_rl", "algo=nemo_rl", "model=qwen3-30b-a3b", "rollout=vllm", "parallel.tensor=1", "parallel.expert=8",
+    "parallel.pipeline=1", "cluster=h100", "cluster.nodes=4", "cluster.gpus_per_node=8", "trainer.prompts_per_step=64",
+    "trainer.minibatch_prompts=32", "rollout.group_size=32", "data.max_prompt_tokens=1024",
+    "rollout.max_new_tokens=3072", "data.train=x.jsonl",
+]  # fmt: skip
+
+
+def test_a_layout_that_is_published_as_running_is_not_refused() -> None:
+    """NVIDIA's NeMo-RL runs Qwen3-30B-A3B so on 32 H100, with vLLM at TP2."""
+
+    def problems(*overrides: str) -> list[str]:
+        config = load_config("train", [*QWEN3_30B, *overrides], schema=RunConfig)
+        return [problem for problem in make_plan(config, elsewhere=True).problems if problem.startswith("memory")]
+
+    assert problems("rollout.vllm.tensor_parallel=2") == []
+    (problem,) = problems("rollout.vllm.tensor_parallel=1", "cluster.gpu_memory_gib=60")
+    assert "use a larger rollout.vllm.tensor_parallel" in problem

@@ -1,6 +1,6 @@
 import pytest
 
-from echorl_nemo.report.diagnosis import changed_settings, stop_bias_warning
+from echorl_nemo.report.diagnosis import WINDOW, changed_settings, step_warnings, stop_bias_warning
 
 
 def history(steps: int, *, growth: float, coverage: float | None) -> list[dict[str, float]]:
@@ -29,3 +29,28 @@ def test_settings_that_changed_between_attempts_are_told() -> None:
     before, after = "trainer:\n  lr: 1.0\n  seed: 0\n", "trainer:\n  lr: 2.0\n  seed: 0\nengine: megatron\n"
     assert changed_settings(before, after) == ["engine=None became megatron", "trainer.lr=1.0 became 2.0"]
     assert changed_settings(after, after) == []
+
+
+SOUND = {"truncated": 0.1, "echorl.clips": 3.0, "echorl.unsegmented": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("truncated", 0.95, "no stop token was sampled; raise rollout.max_new_tokens"),
+        ("echorl.clips", 0.0, "no EchoClip was found"),
+        ("echorl.unsegmented", 1.0, "the clip is the whole response; choose echorl.boundary"),
+    ],
+)
+def test_a_condition_is_warned_of_when_it_appears_and_while_it_stays(name: str, value: float, words: str) -> None:
+    rows = [SOUND, *[{**SOUND, name: value}] * (2 * WINDOW)]
+    warned = [n for n in range(1, len(rows) + 1) if any(words in warning for warning in step_warnings(rows[:n]))]
+    assert warned == [2, WINDOW, 2 * WINDOW]
+    assert step_warnings([SOUND]) == step_warnings([{}]) == []
+
+
+def test_a_damaged_configuration_is_told() -> None:
+    for before in (b"\xff", "a: [", "5"):
+        assert changed_settings(before, "a: 1\n") == [
+            "the configuration of the last attempt cannot be read: what changed is not known"
+        ]

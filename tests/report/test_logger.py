@@ -31,6 +31,22 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_damaged_lines_are_named_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    damaged = [b'{"step": 1, "rew', b'{"step": 2, "\xff"}', b"[1]", b'{"reward": 1}']
+    path.write_bytes(b'{"step": 0}\n' + b"\n".join(damaged) + b'\n{"step": 3}\n')
+    assert read_lines(path) == [{"step": 0}, {"reward": 1}, {"step": 3}]
+    assert [f"{path}:{n}: damaged" in caplog.text for n in range(1, 7)] == [False, True, True, True, False, False]
+    RunLogger(tmp_path, LoggerConfig(tensorboard=False), first_step=9)
+    assert read_lines(path) == [{"step": 0}, {"step": 3}]
+    assert (tmp_path / "metrics.damaged").read_bytes().splitlines() == damaged
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    RunLogger(tmp_path, LoggerConfig(tensorboard=False), first_step=0).metrics(0, {"reward": float("nan"), "x": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "reward": null, "x": 1.0}\n'
+
+
 def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
     clip = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
     batch = RolloutBatch(

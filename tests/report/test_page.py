@@ -96,3 +96,31 @@ def test_the_stop_bias_is_told(tmp_path: Path) -> None:
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no metrics; is .* the folder of a run"):
         write_report([tmp_path], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("reduction", "peak"), [("mean", 5.25), ("max", 9.0), ("sum", 10.5)])
+def test_peaks_are_those_of_the_configured_reduction(tmp_path: Path, reduction: str, peak: float) -> None:
+    (tmp_path / "config.yaml").write_text(f"echorl:\n  step_reduction: {reduction}\n")
+    (group,) = data_of(page(tmp_path, RECORD))
+    assert (group["reduction"], group["peak"]) == (reduction, peak)
+
+
+def test_what_is_not_finite_in_kept_rollouts_is_null(tmp_path: Path) -> None:
+    record = RECORD | {"entropies": [float("nan"), 0.3, float("inf"), 1.5, 9.0], "reward": float("nan")}
+    html = page(tmp_path, record)
+    assert "NaN" not in html.split('type="application/json">')[1].split("</script>")[0]
+    assert data_of(html)[0]["rollouts"][0]["entropies"] == [None, 0.3, None, 1.5, 9.0]
+
+
+def test_lasting_conditions_are_warned_of(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, RECORD)
+    row = {"reward": 0.0, "response_length": 5.0, "truncated": 1.0, "echorl.clips": 0.0, "echorl.unsegmented": 0.95}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **row}) + "\n" for n in range(3)))
+    write_report([folder], folder / "report.html")
+    html = (folder / "report.html").read_text()
+    for words in (
+        "100% of the rollouts were truncated",
+        "no EchoClip was found",
+        "95% of the responses have no boundary",
+    ):
+        assert words in html
