@@ -2,6 +2,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +104,14 @@ def test_a_reference_that_nothing_matches_is_refused(answer: str) -> None:
 @pytest.mark.parametrize("answer", ["B", "(B)", "B.", r"\text{b}", " b "])
 def test_a_decorated_reference_is_a_letter(answer: str) -> None:
     assert reference_problem("choice", answer) == ""
+
+
+def test_the_verifier_of_the_readme() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    code = readme.split("```python\nimport subprocess")[1].split("\n```\n")[0]
+    names: dict[str, Any] = {}
+    exec("import subprocess" + code, names)
+    row = {"tests": ["assert double(2) == 4"]}
+    for body, reward in (("2 * x", 1.0), ("3 * x", 0.0), ("", 0.0)):
+        response = f"So:\n```python\ndef double(x):\n    return {body}\n```\nDone."
+        assert names["passes_tests"](response, "", row) == reward

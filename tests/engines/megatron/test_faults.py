@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.chaos import metrics_of
+from echorl_nemo.engines.megatron import worker
 from echorl_nemo.engines.megatron.trainer import Step, Trainer
 from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
-from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopSignals
+from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config
 from tests.engines.megatron.test_checkpoint import (
@@ -200,15 +202,23 @@ def test_a_signal_that_came_before_the_ranks_is_not_lost(ranks: Ranks, tmp_path:
     assert not (tmp_path / "checkpoints").exists() and metrics_of(tmp_path) == []
 
 
+def _run_by_a_clock(config: RunConfig, readings: list[float]) -> int:
+    """The clock is read before the first step and after each."""
+    waiting = iter(readings)
+    worker.StopRequest = partial(StopRequest, clock=lambda: next(waiting))  # type: ignore[assignment, attr-defined]
+    return run(config)
+
+
 def test_a_run_ends_before_its_job_does(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_START_TIME", "1000")  # long ago
-    config = run_config(tmp_path, "resilience.time_limit_minutes=5", "trainer.export=false")
-    assert ranks(1, run, config) == [EXIT_REQUEUE]
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "100000")
+    overrides = ["resilience.time_limit_minutes=1000", "trainer.export=false"]  # until 160000
+    assert ranks(1, _run_by_a_clock, run_config(tmp_path, *overrides), [160001.0]) == [EXIT_REQUEUE]
     assert "stopped after step 0: the job ends in 0 s" in (tmp_path / "requeue").read_text()
-    monkeypatch.setenv("SLURM_JOB_START_TIME", str(time.time() - 180 + 1))  # a step fits, or two
-    assert ranks(1, run, run_config(tmp_path, "resilience.time_limit_minutes=5", RESUME)) == [EXIT_REQUEUE]
+    readings = [100000.0, 100001.0, 159990.0]  # the margin is two minutes and more
+    assert ranks(1, _run_by_a_clock, run_config(tmp_path, *overrides, RESUME), readings) == [EXIT_REQUEUE]
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert f"stopped after step {int(checkpoint.name[-6:])}: the job ends in" in (tmp_path / "requeue").read_text()
+    assert checkpoint.name == "step-000002"
+    assert "stopped after step 2: the job ends in 10 s" in (tmp_path / "requeue").read_text()
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tmp_path: Path, straight: Path) -> None:
