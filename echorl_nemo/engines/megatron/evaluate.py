@@ -130,8 +130,13 @@ def verified_rollouts(
         parts.append(part)
     watch.beat("done")
     batch = concatenate(parts)
+    return VerifiedRollouts(batch, right_rollouts(batch), failures, verifiers)
+
+
+def right_rollouts(batch: RolloutBatch) -> Tensor:
+    """[N] bool: those that are finished and rewarded as a success."""
     assert batch.rewards is not None
-    return VerifiedRollouts(batch, (batch.rewards >= 1.0) & batch.finished, failures, verifiers)
+    return (batch.rewards >= 1.0) & batch.finished
 
 
 def _in_parts(problems: list[Prompt], size: int, *, shown: bool) -> Iterator[list[Prompt]]:

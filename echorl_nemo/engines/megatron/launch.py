@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +73,9 @@ def launch(
             )
             for rank in range(world)
         ]
-        with _passing_signals_on(ranks):
+        # without ``signals`` there is nothing to save, and a ctrl-C interrupts this program as any other
+        passed = SIGNALS if signals is not None else tuple(each for each in SIGNALS if each != signal.SIGINT)
+        with _passing_on(passed, ranks):
             # held back until a rank listens: it would take the handler of this process, or die
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for process in ranks:
@@ -123,15 +125,15 @@ def _rendezvous_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _passing_signals_on(ranks: list[Any]) -> Iterator[None]:
-    """While the ranks run, `SIGNALS` are theirs."""
+def _passing_on(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator[None]:
+    """While the ranks run, ``signals`` are theirs."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
         for process in ranks:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in signals}
     wakeup = signal.set_wakeup_fd(-1)
     try:
         yield

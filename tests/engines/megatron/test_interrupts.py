@@ -110,3 +110,22 @@ def test_ctrl_c_before_the_ranks_writes_nothing(
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output.splitlines()[-1]) == (1, "interrupted")
     assert not run.exists() and "Traceback" not in output
+
+
+def test_ctrl_c_ends_an_evaluation(in_repository: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "echorl_nemo", "evaluate", "model.path=examples/tiny_chain/made/model",
+        "data.eval=examples/tiny_chain/made/eval.jsonl", "data.reward=exact_line", "evaluation.samples=64",
+        "evaluation.k=[1]", "rollout.max_new_tokens=60", "rollout.batch_size=16", "parallel.device=cpu",
+        f"evaluation.out={tmp_path / 'out.json'}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=in_repository, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "heartbeat.json").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[-1]) == (1, "interrupted") and "Traceback" not in output
