@@ -13,6 +13,27 @@ from echorl_nemo.errors import UserError, print_error
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. A UserError is printed without a trace."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if strange := [argument for argument in rest if argument.startswith("-") or options.command == "report"]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:  # overrides after an option that came after others
+        options.overrides += rest
+    try:
+        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "export": _export,
+                       "report": _report}  # fmt: skip
+        return commands_of[options.command](options)
+    except UserError as error:
+        # every rank of torchrun or srun finds the same: one of each node says so
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="echorl-nemo", description="EchoRL post-training on Megatron-Core.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -54,24 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write report.html of one or more run folders")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first folder)")
-
-    options, rest = parser.parse_known_args(arguments)
-    if strange := [argument for argument in rest if argument.startswith("-") or options.command == "report"]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if rest:  # overrides after an option that came after others
-        options.overrides += rest
-    try:
-        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "export": _export,
-                       "report": _report}  # fmt: skip
-        return commands_of[options.command](options)
-    except UserError as error:
-        # every rank of torchrun or srun finds the same: one of each node says so
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+    return parser
 
 
 def _plan(options: argparse.Namespace) -> int:
