@@ -5,6 +5,7 @@ checkpoint without a limit, so that Python's audit event of every look-up is wat
 """
 
 import builtins
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ MODULES = (
     "megatron.core.dist_checkpointing.mapping",
     "echorl_nemo.errors",
 )
-"""Of which every name is harmless."""
+"""Of which every class that is defined there is harmless."""
 NAMES = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
@@ -77,11 +78,17 @@ def _refuse_other_names(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _is_harmless(module: str, name: str) -> bool:
-    if module in MODULES or (module, name) in NAMES:
+    if "." in name:  # a path through attributes leads to whatever the module imports
+        return False
+    if (module, name) in NAMES:
         return True
+    if module in MODULES:
+        value = getattr(importlib.import_module(module), name, None)
+        return isinstance(value, type) and value.__module__ == module
     if module == "torch":
         value = getattr(torch, name, None)
-        return isinstance(value, torch.dtype) or name.endswith("Storage")
+        storage = isinstance(value, type) and name.endswith("Storage")
+        return isinstance(value, torch.dtype) or storage
     if module == "builtins":
         value = getattr(builtins, name, None)
         return name in ("set", "frozenset", "complex", "bytearray", "slice", "range") or (

@@ -175,6 +175,26 @@ def test_other_pickles_are_not_watched(tmp_path: Path) -> None:
     assert (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"), ("posix", "mkdir"), ("builtins", "eval"), ("builtins", "getattr"), ("builtins", "exec"),
+        ("echorl_nemo.errors", "sys.modules"), ("echorl_nemo.errors", "difflib.get_close_matches"),
+        ("echorl_nemo.errors", "print_error"), ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.planner", "reduce"), ("torch", "serialization.os.system"), ("torch", "load"),
+        ("numpy", "load"), ("torch", "hub.sys.FakeStorage"),
+    ],
+)  # fmt: skip
+def test_a_path_to_another_name_is_refused(tmp_path: Path, module: str, name: str) -> None:
+    """Protocol 4 names attributes of attributes: what a harmless module imports."""
+    content = pickle.PROTO + b"\x04"
+    for word in (module, name):
+        content += pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode()
+    content += pickle.STACK_GLOBAL + pickle.STOP
+    with checkpoint_classes_only(tmp_path), pytest.raises(UserError, match="a pickle in it names"):
+        pickle.loads(content)
+
+
 def _hanging_peer(config: RunConfig) -> str:
     """On a rank: what a collective that times out during a save is told as."""
     trainer = trainer_of(config)
