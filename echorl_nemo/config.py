@@ -42,6 +42,8 @@ def load_config(
     Raises UserError with every problem, one a line: each names the key, the value and the remedy.
     """
     name = name.removesuffix(".yaml")
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir={config_dir}: no such folder; name one that holds {name}.yaml")
     folders = [CONFIG_DIR] if config_dir is None else [config_dir.resolve(), CONFIG_DIR]
     names = {path.stem: folder for folder in reversed(folders) for path in folder.glob("*.yaml")}
     if name not in names:
@@ -51,13 +53,17 @@ def load_config(
     problems += _key_problems(parsed, folders, keys, free_keys(schema))
     if problems:
         raise UserError("\n".join(problems))
-    others = ",".join(f"file://{folder}" for folder in folders if folder != names[name])
+    others = ",".join(f'"file://{folder}"' for folder in folders if folder != names[name])
     search: list[str] = [f"hydra.searchpath=[{others}]"] if others else []
     try:
         with initialize_config_dir(str(names[name]), version_base="1.3"):
             merged, problems = _compose_all(name, parsed, search, schema, keys)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {name}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {name}: not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"config {name}: it names itself, or is nested without end; look at its defaults") from error
+    except (ValueError, TypeError, AttributeError) as error:  # of a defaults list that is none
+        raise UserError(f"config {name}: {' '.join(str(error).split())}; defaults is a list") from error
     if merged is not None:
         config = _instantiate(merged, schema, f"config {name}", problems)
     if problems:
@@ -99,8 +105,13 @@ def _parse(overrides: Sequence[str], names: dict[str, Path]) -> tuple[list[Overr
             parsed += parser.parse_overrides([override])
         except HydraException:
             problems.append(_explain_override(override, names))
+        except ValueError as error:  # of a number with thousands of digits
+            problems.append(f"{override[:80]}: {error}; give another value")
         else:
-            if parsed[-1].is_sweep_override():
+            if parsed[-1].value() == "???":
+                parsed.pop()
+                problems.append(f"{override}: ??? is no value; give one")
+            elif parsed[-1].is_sweep_override():
                 problems.append(
                     f"{override}: several values; a run has one of each key: start a run for each, or quote the value "
                     f"if it is one text: '{_quoted(override)}'"
@@ -118,7 +129,7 @@ def _explain_override(override: str, names: dict[str, Path]) -> str:
         return f"{override}: an argument is key=value; use {first}={rest}"
     if not equals:
         return f"{override}: an argument is key=value, as in echorl.coef=0.3"
-    if not re.fullmatch(r"[~+]{0,2}[\w.@/-]+", key):
+    if not re.fullmatch(r"[~+]{0,2}[A-Za-z_]\w*([.@/][A-Za-z0-9_]+)*", key, re.ASCII):
         return f"{override}: {key!r} is no key; keys are words joined by dots, as in echorl.coef=0.3"
     return f"{override}: the value has characters of Hydra's syntax; quote it twice: '{_quoted(override)}'"
 
@@ -240,6 +251,8 @@ def _words(error: BaseException) -> str:
     joined = " ".join(words)
     if found := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", joined, re.DOTALL):
         return f"{found[1]!r} is not {KINDS.get(found[2], found[2])}"
+    if "is not a subclass of" in joined:
+        return "it is a configuration of another command (train and plan, or evaluate and analyze)"
     if "is not Optional" in joined:
         return "null is not allowed; give a value"
     short = [text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words]

@@ -15,8 +15,7 @@ class SharedError(UserError):
 
 def print_error(error: UserError) -> None:
     """Print an error on standard error, for a person: a list of problems one a line."""
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))  # at once: ranks share it
 
 
 def nearest(key: str, keys: Sequence[str]) -> str:

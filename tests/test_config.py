@@ -192,7 +192,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config mine: echorl.coef: 'much' is not a number"):
         load("mine", config_dir=tmp_path)
     (tmp_path / "mine.yaml").write_text("echorl: {coef: [\n")
-    with pytest.raises(UserError, match="config mine: not YAML: "):
+    with pytest.raises(UserError, match="config mine: not YAML in UTF-8: "):
         load("mine", config_dir=tmp_path)
     (tmp_path / "echorl").mkdir()
     (tmp_path / "echorl" / "strong.yaml").write_text("coef: 7\n")

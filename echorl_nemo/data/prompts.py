@@ -155,7 +155,7 @@ class _RowReader:
         prompt = row.get(key)
         if self._prompt is not None:
             prompt, key = render(self._prompt, row, where, "data.prompt_template"), "data.prompt_template"
-        if not prompt and isinstance(prompt, (str, list)):
+        if isinstance(prompt, (str, list)) and not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise UserError(f"{where}: {key} is empty; drop the line")
         wrap = self.tokenizer.wraps_prompts if config.chat_template is None else config.chat_template
         if isinstance(prompt, str) and not wrap:
@@ -167,11 +167,17 @@ class _RowReader:
             check_text(prompt, where, key)
             return prompt, tuple(self.tokenizer.encode(prompt))
         messages = self._messages(prompt, row, where)
+        if messages[-1]["role"] == "assistant":
+            raise UserError(
+                f"{where}: {key}: the last message is the assistant's, who is to answer; leave it out of the prompt"
+            )
         try:
             text = self.tokenizer.render_chat(messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         check_text(text, where, key)
+        if not text.strip():
+            raise UserError(f"{where}: {key}: the chat template makes nothing of it; see model.chat_template")
         return text, tuple(self.tokenizer.encode(text, rendered=True))
 
     def answer(self, row: dict[str, Any], where: str) -> str:
@@ -185,8 +191,9 @@ class _RowReader:
         if not text.strip():
             raise UserError(f"{where}: {key}={text!r} is empty: no response could match it; drop the line")
         check_text(text, where, key)
-        if problem := reference_problem(self.config.reward, text):
-            raise UserError(f"{where}: {key}: {problem}; correct or drop the line")
+        for name in verifier_names(self.config):
+            if problem := reference_problem(name, text):
+                raise UserError(f"{where}: {key}: {problem}; correct or drop the line")
         return text
 
     def _messages(self, prompt: Any, row: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Rows of a data source: JSONL, CSV, parquet, a saved dataset's folder, or a hub dataset."""
 
+import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,9 @@ from typing import Any
 from echorl_nemo.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-READERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-}
-"""By suffix, the reader of `datasets` and its options."""
-FILE_SUFFIXES = {".jsonl", ".json", *READERS}
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Separator of a table, by suffix; its values are texts as they stand there."""
+FILE_SUFFIXES = {".jsonl", ".json", ".parquet", *TABLES}
 
 Rows = Iterator[tuple[str, dict[str, Any] | UserError]]
 """("where:row", row), or what is wrong with the row; rows count from 1."""
@@ -41,8 +38,12 @@ def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Row
     path = Path(source)
     if path.suffix in FILE_SUFFIXES and not path.is_file():
         raise UserError(f"{field}={source}: no such file")
+    if not source.strip():
+        raise UserError(f"{field}={source!r} is empty; name a file, a folder or a hub dataset")
     if path.suffix in (".jsonl", ".json"):
         return read_jsonl(path)
+    if path.suffix in TABLES:
+        return read_table(path, TABLES[path.suffix])
     return _read_dataset(source, path, subset, split, field)
 
 
@@ -57,10 +58,26 @@ def read_jsonl(path: Path) -> Rows:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def read_table(path: Path, separator: str) -> Rows:
+    """The rows of a table with a header; a UserError in place of one with more or fewer values than that."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, delimiter=separator, strict=True), 1):
+                where = f"{path}:{number}"
+                if None in row or None in row.values():
+                    yield where, UserError(f"{where}: the row has not as many values as the header; correct it")
+                else:
+                    yield where, dict(row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no table in UTF-8 ({error}); correct it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
     try:
         row = json.loads(line.decode("utf-8-sig" if where.endswith(":1") else "utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number with thousands of digits
         return UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object")
     if not isinstance(row, dict):
         return UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
@@ -71,9 +88,8 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str, field
     import datasets  # slow to import, and not needed for JSONL
 
     try:
-        if path.suffix in READERS:
-            reader, options = READERS[path.suffix]
-            data = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+        if path.suffix == ".parquet":
+            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif path.is_dir() and (path / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(str(path))[split]
         elif path.is_dir() and (path / "state.json").is_file():
@@ -82,10 +98,13 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str, field
             data = datasets.load_dataset(source, subset, split=split)
         else:
             raise UserError(f"{field}={source}: no such file, folder or hub dataset")
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UserError):
             raise
-        cause = str(error).splitlines() or [type(error).__name__]
+        innermost: BaseException = error
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        cause = str(innermost).splitlines() or [type(innermost).__name__]
         raise UserError(f"{field}={source} (subset {subset}, split {split}): {cause[0]}") from error
     for number, row in enumerate(data, 1):
         yield f"{source}:{number}", dict(row)

@@ -1,8 +1,10 @@
 """Jinja templates over the columns of a row."""
 
+import math
 from typing import Any
 
 import jinja2
+from jinja2.sandbox import SandboxedEnvironment
 
 from echorl_nemo.errors import UserError
 from echorl_nemo.rewards.boxed import last_box
@@ -12,7 +14,7 @@ def compile_template(text: str | None, field: str) -> jinja2.Template | None:
     """The template of the config key ``field``. Raises UserError for what is none."""
     if text is None:
         return None
-    environment = jinja2.Environment(
+    environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_text_or_number
     )
     environment.filters["last_boxed"] = last_boxed
@@ -43,7 +45,9 @@ def last_boxed(text: str) -> str:
 
 
 def _text_or_number(value: Any) -> Any:
-    """What a template shows of a value: null would become the text None, a list its Python notation."""
-    if value is None or isinstance(value, (list, tuple, dict, set)):
+    """What a template shows of a value: null would become the text None, a list or a method its Python notation."""
+    if not isinstance(value, (str, int, float, jinja2.Undefined)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
         raise TypeError(f"{value!r} is no text or number")
     return value

@@ -97,7 +97,7 @@ class Tokenizer:
             )
         try:
             return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise UserError(f"model.chat_template: {error}") from error
 
     def _stop_at_turn_ends(self) -> None:
@@ -106,11 +106,16 @@ class Tokenizer:
         if self._stops_at_turn_ends:
             return
         self._stops_at_turn_ends = True
-        answer = "four"
-        turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": answer}]
-        closed = self._render(turns, open_turn=False).rpartition(answer)[2]
+        asked, answer = "two+two", "four"
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        if asked not in self._render(turns[:1], open_turn=True):
+            raise UserError(
+                "model.chat_template: it does not show the user's message, so that every prompt would be the same; use "
+                "the text of another template"
+            )
+        _, found, closed = self._render(turns, open_turn=False).rpartition(answer)
         following = self.encode(closed, rendered=True)[:1]
-        if not following or following[0] in self.stop_ids:
+        if not found or not following or following[0] in (*self.stop_ids, self.hf.unk_token_id):
             return
         say = logging.getLogger(__name__).warning
         (token,) = self.pieces(following)
@@ -144,6 +149,13 @@ def _compare_with_file(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     reference = tokenizers.Tokenizer.from_file(str(file))
     reference.no_padding()
     reference.no_truncation()
+    for name in ("eos_token", "bos_token"):
+        token = getattr(tokenizer, name)
+        if token is not None and (not token or token not in reference.get_vocab(with_added_tokens=True)):
+            raise UserError(
+                f"model.path={path}: its {name} {token!r} is none of tokenizer.json's tokens, so that the model has "
+                f"learnt nothing of it; correct {name} in tokenizer_config.json and special_tokens_map.json"
+            )
     for probe in PROBES:
         loaded = list(tokenizer.encode(probe, add_special_tokens=False))
         expected = list(reference.encode(probe, add_special_tokens=False).ids)
@@ -193,6 +205,11 @@ def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         if (Path(path) / "generation_config.json").is_file():
             raise UserError(f"model.path={path}: generation_config.json cannot be read; correct it") from error
         configured = None
-    if configured is not None:
-        ids.update([configured] if isinstance(configured, int) else configured)
+    stops = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    if strange := [stop for stop in stops if type(stop) is not int or stop < 0]:
+        raise UserError(
+            f"model.path={path}: generation_config.json has eos_token_id={configured!r}: {strange[0]!r} is no token "
+            "id; correct it"
+        )
+    ids.update(stops)
     return tuple(sorted(ids))

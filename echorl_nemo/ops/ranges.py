@@ -21,7 +21,9 @@ class Interval:
 
     def __contains__(self, value: object) -> bool:
         """False for NaN, for the infinities and for whatever is no number."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         low, high = self.bounds
         above = value > low if self.text.startswith("(") else value >= low

@@ -15,6 +15,7 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE
 from echorl_nemo.report.diagnosis import WINDOW, lasting_warnings, stop_bias_warning
 from echorl_nemo.report.logger import finite, read_lines
+from echorl_nemo.resilience.disk import is_full
 
 TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -49,15 +50,12 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     names = _names(folders)
     metrics: list[Run] = []
     for name, folder in zip(names, folders, strict=True):
-        rows = read_lines(folder / METRICS_FILE)
+        rows = [row for row in read_lines(folder / METRICS_FILE) if isinstance(row.get("step"), int)]
         if not rows:
             raise UserError(f"{folder / METRICS_FILE}: no metrics; is {folder} the folder of a run?")
         metrics.append((name, rows))
-    rollouts = [(name, read_lines(folder / ROLLOUTS_FILE)) for name, folder in zip(names, folders, strict=True)]
-    configs = [
-        (name, (folder / CONFIG_FILE).read_text(encoding="utf-8") if (folder / CONFIG_FILE).is_file() else "")
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    rollouts = [(name, _whole_rollouts(folder)) for name, folder in zip(names, folders, strict=True)]
+    configs = [(name, _config_text(folder)) for name, folder in zip(names, folders, strict=True)]
     groups = [
         group
         for (name, records), (_, config) in zip(rollouts, configs, strict=True)
@@ -76,7 +74,28 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         shade=FULL_SHADE_NATS,
         configs=configs,
     )
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise UserError(f"{path}: the report cannot be written ({error.strerror}); name another file") from error
+
+
+def _whole_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """The kept rollouts of a run that have all that the page shows."""
+    needed = {"step", "group", "prompt", "reward", "tokens", "entropies", "steps", "clip", "finished"}
+    return [row for row in read_lines(folder / ROLLOUTS_FILE) if needed <= row.keys()]
+
+
+def _config_text(folder: Path) -> str:
+    """The configuration of a run, empty where there is none that can be read."""
+    path = folder / CONFIG_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return text if isinstance(yaml.safe_load(text), dict) else ""
+    except yaml.YAMLError:
+        return ""
 
 
 def group_records(

@@ -112,6 +112,9 @@ def _final(partial: Path) -> Path:
 
 def _delete(folder: Path) -> None:
     """The manifest goes first: what is left after a kill is no checkpoint."""
+    if not folder.is_dir():  # a file of somebody's
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
@@ -182,11 +185,15 @@ def write_durably(path: Path, text: str) -> None:
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError for one that is damaged."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(manifest["files"], dict) and "accuracy" in manifest:
-            return dict(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+        accuracy, files = manifest["accuracy"], dict(manifest["files"])
+        numbers = [number for size_and_sum in files.values() for number in size_and_sum]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error!r}") from error
+    pairs = all(len(size_and_sum) == 2 for size_and_sum in files.values())
+    known = accuracy is None or isinstance(accuracy, (int, float))
+    if files and pairs and known and all(type(number) is int for number in numbers):
+        return manifest
     raise ValueError(f"{MANIFEST} lacks its entries")
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from echorl_nemo.errors import UserError, print_error
 from echorl_nemo.resilience.orphans import end_descendants
+from echorl_nemo.resilience.streams import make_output_patient
 
 CLOSE_SECONDS = 10.0
 """How long closing may take; then the process ends all the same."""
@@ -44,11 +45,13 @@ class RankEnding:
     """The one way out of a rank."""
 
     def __init__(self, rank: int) -> None:
+        make_output_patient()  # what follows must not depend on who listens
         self.rank = rank
         self.closers = ExitStack()
         """Callbacks that close what the rank starts, run in reverse order."""
         self._store: Store | None = None
         self._peers: dict[int, tuple[str, int]] = {}
+        self._world = 1
         self._ending = threading.Lock()
 
     def meet(self, store: Store, world: int) -> None:
@@ -59,15 +62,15 @@ class RankEnding:
         peers = {rank: tuple(json.loads(value)) for rank, value in enumerate(values) if rank != self.rank}
         # containers of one host may not see each other's processes
         self._peers = {rank: peer for rank, peer in peers.items() if peer[0] == own[0] and _lives(peer[1])}
-        self._store = store
+        self._store, self._world = store, world
 
     def run(self, work: Callable[[ExitStack], int]) -> NoReturn:
         """End the process with the exit code that ``work`` returns, or with 1 after what it raises."""
         try:
             code = work(self.closers)
         except BaseException as error:  # noqa: BLE001  whatever it is, it is printed here, and the process ends
-            self._print_cause(error)
             code = 1
+            self._print_cause(error)
         self._end(code)
 
     def at_once(self, why: str) -> None:
@@ -82,7 +85,7 @@ class RankEnding:
         return any(not _lives(process) for _, process in self._peers.values())
 
     def _print_cause(self, error: BaseException) -> None:
-        if is_communication_error(error):
+        if self._world > 1 and is_communication_error(error):
             deadline = time.monotonic() + PEER_SECONDS
             while time.monotonic() < deadline and not self.peer_is_gone():
                 time.sleep(0.1)
@@ -92,7 +95,8 @@ class RankEnding:
                 return
             self._say(
                 f"rank {self.rank} on {socket.gethostname()} lost the other ranks: one of them hangs or has ended, or "
-                f"the network is broken (trainer.timeout_minutes is how long one may take): {_first_line(error)}"
+                f"the network is broken (trainer.timeout_minutes is how long one may take): {_first_line(error)}",
+                error,
             )
             return
         if not self._first_to_say():
@@ -104,9 +108,11 @@ class RankEnding:
             traceback.print_exception(error)
         sys.stderr.flush()
 
-    def _say(self, why: str) -> None:
+    def _say(self, why: str, error: BaseException | None = None) -> None:
         if why and self._first_to_say():
             print(f"error: {why}", file=sys.stderr, flush=True)
+            if error is not None:
+                traceback.print_exception(error)
 
     def _gone_peers(self) -> str:
         """The ranks of this host that are gone; empty where the program itself started them, and says so itself."""
@@ -144,6 +150,20 @@ class RankEnding:
 
 OWN_LAUNCHER = "ECHORL_OWN_LAUNCHER"
 """Environment variable of ranks that this program started: it names the rank that ended without a word."""
+
+
+def say_done(store: Store, rank: int) -> None:
+    """Leave word that a rank ends because its work is done."""
+    store.set(_done_key(rank), "1")
+
+
+def is_done(store: Store, rank: int) -> bool:
+    """Whether a rank has left that word."""
+    return bool(store.check([_done_key(rank)]))
+
+
+def _done_key(rank: int) -> str:
+    return f"echorl/done/{rank}"
 
 
 def cause_was_said(store: Store) -> bool:

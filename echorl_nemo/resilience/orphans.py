@@ -33,11 +33,14 @@ def mark_what_follows() -> None:
 
 
 def end_orphans() -> None:
-    """Kill what the helpers of this process that have ended left behind: adopted children that are marked, or whose
-    session leader is gone."""
+    """Kill what the helpers of this process that have ended left behind: adopted children that are marked, or of
+    another session whose leader is gone."""
+    own_session = os.getsid(0)
     for child in psutil.Process().children():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if not psutil.pid_exists(os.getsid(child.pid)) or ORPHAN_MARK in child.environ():
+            session = os.getsid(child.pid)
+            left = session != own_session and not psutil.pid_exists(session)
+            if left or ORPHAN_MARK in child.environ():
                 for process in (*child.children(recursive=True), child):
                     process.kill()
                 child.wait(timeout=5)
@@ -46,5 +49,5 @@ def end_orphans() -> None:
 def end_descendants() -> None:
     """Kill every process that this one started, directly or not."""
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             child.kill()

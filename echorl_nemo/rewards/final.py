@@ -4,8 +4,13 @@ import re
 
 from echorl_nemo.rewards.boxed import last_box
 
-_MARK = re.compile(r"####|\b[Aa](?:nswer|NSWER)\b|^[ \t]*A(?=[ \t]*:)", re.MULTILINE)
-_LEAD = re.compile(r"(?:[\s:*$=]|is\b)*")
+_MARK = re.compile(
+    r"####|<answer>|^[ \t]*A(?=[ \t]*:)"
+    r"|\banswers?(?:\sto\s(?:the|this|that)\s(?:question|problem))?[*_]*\s*(?=[:=\uff1a]|is\b)",
+    re.MULTILINE | re.IGNORECASE,
+)
+_LEAD = re.compile(r"(?:[\s:*$=`\uff1a]|is\b|\\[(\[])*")
+_END = re.compile(r"</answer>|\.\s|\\[)\]]|<\||</s>")
 
 
 def final_answer(response: str) -> str:
@@ -14,7 +19,7 @@ def final_answer(response: str) -> str:
     The time is linear in the response."""
     box = last_box(response)
     text = box[1] if box is not None else _marked(response)
-    return "".join(text.split()).rstrip(".*$")
+    return "".join(text.split()).rstrip(".*$`")
 
 
 def _marked(response: str) -> str:
@@ -22,11 +27,15 @@ def _marked(response: str) -> str:
     found = ""
     for mark in _MARK.finditer(response):
         start = mark.end()
-        while start < len(response) and (response[start].isspace() or response[start] in ":*$="):
+        while start < len(response) and (response[start].isspace() or response[start] in ":*$=\uff1a"):
             start += 1
         end = response.find("\n", start)
         line = response[start : end if end >= 0 else len(response)]
+        if line.startswith("is") and not line[2:].strip():  # the answer stands on a line of its own
+            following = response[start + 2 :].lstrip()
+            line = following[: following.find("\n")] if "\n" in following else following
         lead = _LEAD.match(line)
         assert lead is not None  # it matches the empty text too
-        found = line[lead.end() :].strip() or found
+        text = _END.split(line[lead.end() :])[0].strip()
+        found = text or found
     return found

@@ -8,6 +8,7 @@ import sympy
 from math_verify import parse, verify
 
 from echorl_nemo.rewards.boxed import last_box
+from echorl_nemo.rewards.final import final_answer
 
 RELATIVE_TOLERANCE = 1e-6
 """Between a decimal and an exact number: math-verify compares to six decimals, whatever their size."""
@@ -16,11 +17,17 @@ RELATIVE_TOLERANCE = 1e-6
 def math_equal(response: str, answer: str) -> float:
     r"""1.0 if the response's final answer equals the reference mathematically; else 0.0.
 
-    The final answer is the last \boxed{} or \fbox{}; without one, the last expression that math-verify finds. Its own
-    time limits are off, since they use an alarm signal; `VerifierPool` has one that works anywhere.
+    The final answer is the last \boxed{} or \fbox{}; without one, the last expression that math-verify finds, or what
+    `final_answer` does. Its own time limits are off, since they use an alarm signal; `VerifierPool` has one that works
+    anywhere.
     """
     box = last_box(response)
-    text, boxed = (response, False) if box is None else (box[1], True)
+    if box is not None:
+        return _compare(box[1], answer, boxed=True)
+    return _compare(response, answer, boxed=False) or _compare(final_answer(response), answer, boxed=True)
+
+
+def _compare(text: str, answer: str, *, boxed: bool) -> float:
     given, percent = _without_percent(plain_numbers(text))
     gold, gold_percent = _without_percent(plain_numbers(answer))
     if _equal(given, gold, boxed=boxed):
@@ -50,17 +57,19 @@ def _numbers_agree(gold: Any, found: Any) -> bool:
     return bool(abs(difference.evalf()) <= RELATIVE_TOLERANCE * max(abs(gold.evalf()), abs(found.evalf())))
 
 
-_SPACES = re.compile(r"\\[,;:! ]|\{,\}|~")
+_COMMAND = r"(?<!\\)\\(?:[,;:! ]|thinspace\b|quad\b)"
+_GROUPING = re.compile(rf"(?<=\d)(?:{_COMMAND}\s*|\{{,\}}|,\s*{_COMMAND}\s*|~|\s)(?=\d{{3}}(?!\d))")
+_SPACES = re.compile(rf"{_COMMAND}|~")
 _DEGREES = re.compile(r"°|\^\s*\{?\s*\\circ\s*\}?|\\degree\b")
-_REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{(\d{1,30})\}")
+_REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*(?:\{(\d{1,30})\}|(\d))|\((\d{1,30})\))")
 _MIXED = re.compile(r"(?<![\d./^_{])(\d{1,30})\s+(\d{1,30})\s*/\s*(\d{1,30})(?![\d.])")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]([+-]?\d{1,3})(?!\w)")
-_FINAL_DOT = re.compile(r"(?<=\d)\.\s*$")
+_FINAL_DOT = re.compile(r"(?<=\d)[.,]\s*$")
 
 
 def plain_numbers(text: str) -> str:
     r"""``text`` with numbers as math-verify reads them: `1\,234`, `90°`, `0.\overline{3}`, `1 1/2`, `1.5e3`, `5.`."""
-    text = _DEGREES.sub("", _SPACES.sub("", text))
+    text = _DEGREES.sub("", _SPACES.sub(" ", _GROUPING.sub("", text)))
     text = _REPEATING.sub(_fraction, text)
     text = _MIXED.sub(r"(\1+\2/\3)", text)
     text = _SCIENTIFIC.sub(lambda number: format(Decimal(number[0]), "f"), text)
@@ -74,6 +83,6 @@ def _without_percent(text: str) -> tuple[str, bool]:
 
 def _fraction(number: re.Match[str]) -> str:
     """A repeating decimal as a fraction: 0.1(6) is (16 - 1) / 90."""
-    whole, fixed, repeated = number[1], number[2], number[3]
+    whole, fixed, repeated = number[1], number[2], number[3] or number[4] or number[5]
     before = int(f"{whole}{fixed}" or "0")
     return f"({int(whole + fixed + repeated) - before}/{10 ** len(fixed) * (10 ** len(repeated) - 1)})"

@@ -19,6 +19,7 @@ TIMED_OUT = "timed out"
 """How the failure of a verifier that took too long begins."""
 
 
+FAILURE_CHARACTERS = 2000
 LARGEST_REWARD = 1e6
 """Rewards are float32, and their squares are summed over a group."""
 
@@ -80,13 +81,12 @@ class VerifierPool:
 
     def _verdict(self, future: ProcessFuture) -> Verdict:
         try:
-            return Verdict(future.result())
+            reward, failure = future.result()
+            return Verdict(reward, failure)
         except FutureTimeoutError:
             return Verdict(0.0, f"{TIMED_OUT} after {self._timeout} s")
         except ProcessExpired as error:
             return Verdict(0.0, f"crashed with exit code {error.exitcode}")
-        except Exception as error:  # noqa: BLE001  whatever a user's verifier raises is a failed verdict, and counted
-            return Verdict(0.0, f"raised {type(error).__name__}: {error}")
 
 
 def _start_worker(names: Sequence[str], rank: int) -> None:
@@ -103,13 +103,22 @@ def _cached_verifier(name: str) -> Verifier:
     return find_verifier(name)
 
 
-def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> float:
+def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> tuple[float, str]:
+    """Reward and failure. Nothing of the verifier's own crosses to the rank, which may not be able to read it."""
     worker, verifier = os.getpid(), _cached_verifier(name)
     try:
-        reward: Any = verifier(response, answer, row) if takes_row(verifier) else verifier(response, answer)
+        given: Any = verifier(response, answer, row) if takes_row(verifier) else verifier(response, answer)
+        reward, failure = _as_number(given), ""
+    except BaseException as error:  # noqa: BLE001  whatever a user's verifier raises, sys.exit() too, is a failed verdict
+        reward, failure = 0.0, _plain(f"raised {type(error).__name__}: {error}")
     finally:
         if os.getpid() != worker:  # a copy that the verifier forked must not answer too
             os._exit(0)
+    return reward, failure
+
+
+def _as_number(reward: Any) -> float:
+    """The reward that a verifier returned. Raises for what is none."""
     if callable(getattr(reward, "item", None)):  # a number of numpy or torch
         reward = reward.item()
     if not isinstance(reward, (int, float)) or not math.isfinite(reward):
@@ -117,3 +126,8 @@ def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> fl
     if abs(reward) > LARGEST_REWARD:
         raise ValueError(f"returned {reward!r}; rewards must lie in [{-LARGEST_REWARD:g}, {LARGEST_REWARD:g}]")
     return float(reward)
+
+
+def _plain(text: str) -> str:
+    """At most `FAILURE_CHARACTERS` that any file takes."""
+    return text[:FAILURE_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8")

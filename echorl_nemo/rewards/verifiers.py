@@ -34,8 +34,11 @@ def find_verifier(name: str) -> Verifier:
         )
     try:
         verifier = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"reward {name!r} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        cause = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
+        raise UserError(f"reward {name!r} cannot be imported: {cause}; is its folder on PYTHONPATH?") from error
     if not callable(verifier):
         raise UserError(f"reward {name!r} is no function of (response, answer)")
     if _positional(verifier) not in (2, 3):
@@ -51,7 +54,9 @@ def takes_row(verifier: Verifier) -> bool:
 def reference_problem(name: str, answer: str) -> str:
     """Why no response could ever match a reference answer; empty if one could."""
     if name == "choice" and not letter_of(answer):
-        return f"{answer!r} is no letter from A to J, and data.reward=choice compares letters"
+        return f"{answer!r} is no letter from A to J, and the verifier choice compares letters"
+    if name == "exact_line" and len(answer.strip().splitlines()) > 1:
+        return f"{answer!r} has several lines, and the verifier exact_line reads one"
     return ""
 
 

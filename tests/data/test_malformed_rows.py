@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from echorl_nemo.data.config import DataConfig
+from echorl_nemo.data.config import DataConfig, ExtraReward
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.source import SHOWN_ROWS
 from echorl_nemo.data.tokenizer import Tokenizer
@@ -49,6 +49,20 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "blank answer": ({**GOOD, "answer": " \n"}, {}, "is empty: no response could match it"),
     "NaN answer": ('{"prompt": "6a+7", "answer": NaN}', {}, "answer=nan is no text or number"),
     "infinite answer": ('{"prompt": "6a+7", "answer": Infinity}', {}, "answer=inf is no text or number"),
+    "several lines for exact_line": ({**GOOD, "answer": "1\n2"}, {"reward": "exact_line"}, "has several lines"),
+    "no letter for a further reward": (
+        {**GOOD, "answer": "2"}, {"extra_rewards": [ExtraReward(name="choice", weight=0.1)]}, "'2' is no letter",
+    ),
+    "blank prompt": ({**GOOD, "prompt": " \n"}, {}, "prompt is empty"),
+    "the assistant's turn last": (
+        {**GOOD, "prompt": [{"role": "user", "content": "6a+7"}, {"role": "assistant", "content": "3"}]}, {},
+        "the last message is the assistant's",
+    ),
+    "template of a method": ({**GOOD, "x": "5"}, {"answer_template": "{{ x.upper }}"}, "is no text or number"),
+    "template that runs code": (
+        GOOD, {"answer_template": "{{ cycler.__init__.__globals__.os.getcwd() }}"}, "data.answer_template: access to",
+    ),
+    "digits without end": ('{"prompt": "6a+7", "answer": ' + "1" * 5000 + "}", {}, "not JSON in UTF-8"),
     "no letter": ({**GOOD, "answer": "2"}, {"reward": "choice"}, "'2' is no letter from A to J"),
     "template of null": (
         {**GOOD, "reward_model": {"ground_truth": None}}, {"answer_template": "{{ reward_model.ground_truth }}"},
@@ -136,7 +150,15 @@ def test_tables_are_read(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> N
     path.write_text(f"prompt{comma}answer\n6a+7{comma}3\n1a+1{comma}2\n")
     assert [(p.text, p.answer) for p in load(path, tokenizer).all()] == [("6a+7", "3"), ("1a+1", "2")]
     path.write_text(f"prompt{comma}answer\n6a+7{comma}\n")
-    assert "answer=None is no text or number" in problems(path, tokenizer)[0]
+    assert "x" in path.name and f"{path}:1: answer='' is empty" in problems(path, tokenizer)[0]
+    path.write_text(f"prompt{comma}answer\n6a+7{comma}007\n1a+1{comma}NA\n")
+    assert [p.answer for p in load(path, tokenizer).all()] == ["007", "NA"]
+    path.write_text(f"prompt{comma}answer\n6a+7{comma}1{comma}3\n6a+7\n")
+    assert [problem.split(": ")[1] for problem in problems(path, tokenizer)] == [
+        "the row has not as many values as the header; correct it"
+    ] * 2
+    path.write_bytes(b"prompt\xff\n")
+    assert "no table in UTF-8" in problems(path, tokenizer)[0]
 
 
 def test_the_fingerprint_is_of_the_rows(tiny_chain: Path, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assista
 @pytest.mark.parametrize(
     ("end", "stops", "message"),
     [
-        ("<unk>", (1, 2), "closes a turn with '<unk>', now a stop token too"),
+        ("<pad>", (0, 1), "closes a turn with '<pad>', now a stop token too"),
+        ("<unk>", (1,), ""),
         ("<eos>", (1,), ""),
         ("d", (1,), "closes a turn with 'd', which is no special token"),
         ("", (1,), ""),
@@ -118,3 +119,30 @@ def test_special_tokens_are_kept_where_it_is_asked_for(tiny_chain: Path) -> None
     ids = [2, *Tokenizer(str(tiny_chain / "model")).encode("A:3"), 2, 1]
     assert Tokenizer(str(tiny_chain / "model")).decode(ids) == "A:3"
     assert Tokenizer(str(tiny_chain / "model"), keep_special_tokens=True).decode(ids) == "<unk>A:3<unk>"
+
+
+@pytest.mark.parametrize(
+    "template", ["const", "   ", "{{ 1 / 0 }}", "{% for m in messages %}{{ m.x.y }}{% endfor %}", "{{"]
+)
+def test_a_chat_template_that_shows_no_message_is_refused(tiny_chain: Path, template: str) -> None:
+    with pytest.raises(UserError, match="model.chat_template"):
+        Tokenizer(str(tiny_chain / "model"), chat_template=template)
+
+
+@pytest.mark.parametrize("stops", ["1", ["1"], [None], [[1]], 1.5, {"a": 1}, -1, [1, -1], [1.5]])
+def test_a_stop_token_is_a_number(tiny_chain: Path, tmp_path: Path, stops: object) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_chain / "model", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    with pytest.raises(UserError, match=r"generation_config.json .*(is no token id|cannot be read)"):
+        Tokenizer(str(folder))
+
+
+def test_an_end_of_sequence_that_the_file_does_not_know_is_refused(tiny_chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_chain / "model", folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"eos_token": "<stop>"}))
+    with pytest.raises(UserError, match="its eos_token '<stop>' is none of tokenizer.json's tokens"):
+        Tokenizer(str(folder))

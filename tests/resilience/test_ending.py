@@ -1,6 +1,9 @@
 import fcntl
 import os
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,10 +80,44 @@ def test_the_error_comes_before_what_is_closed_and_once(capfd: pytest.CaptureFix
         closers.callback(closing)  # type: ignore[attr-defined]
         raise UserError("trainer.x=1 is wrong; use 2")
 
+    assert launch(rank, 1, PLATFORM, timeout_minutes=1) == 1
+    assert capfd.readouterr().err.splitlines() == ["error: trainer.x=1 is wrong; use 2", "closed"]
     assert launch(rank, 2, PLATFORM, timeout_minutes=1) == 1
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == "error: trainer.x=1 is wrong; use 2"
-    assert lines.count("error: trainer.x=1 is wrong; use 2") == 1 and "closed" in lines
+    assert capfd.readouterr().err.count("error: trainer.x=1 is wrong; use 2\n") == 1
+
+
+def test_a_rank_that_ends_with_0_before_it_is_done_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    def rank(_: object) -> int:
+        if dist.get_rank() == 1:
+            os._exit(0)
+        dist.barrier()
+        return 0
+
+    assert launch(rank, 2, PLATFORM, timeout_minutes=1) == 1
+    assert re.fullmatch(r"error: rank 1 \(process \d+\) ended with exit code 0\n", capfd.readouterr().err)
+
+
+def test_helpers_of_a_process_without_its_session_leader_are_no_orphans(tmp_path: Path) -> None:
+    """As under nohup, when the shell has gone."""
+    program = (
+        "import os, subprocess, sys, time\n"
+        "if os.fork():\n"
+        "    os._exit(0)\n"  # the session leader
+        "time.sleep(0.2)\n"
+        "from echorl_nemo.resilience.orphans import adopt_orphans, end_orphans\n"
+        "adopt_orphans()\n"
+        "helper = subprocess.Popen(['sleep', '60'])\n"
+        "end_orphans()\n"
+        "open(sys.argv[1], 'w').write(str(helper.poll()))\n"
+        "helper.kill()\n"
+    )
+    mark = tmp_path / "mark"
+    subprocess.run([sys.executable, "-c", program, str(mark)], start_new_session=True, check=True)
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert mark.read_text() == "None"
 
 
 def test_a_closer_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,3 +96,19 @@ def test_what_a_verifier_starts_ends_with_the_pool(response: str) -> None:
     pool.close()
     left = [child for child in psutil.Process().children(recursive=True) if child.name() == "sleep"]
     assert [child for child in left if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_whatever_a_verifier_raises_is_a_verdict() -> None:
+    """Exits, interrupts, exceptions that cannot be unpickled, text that no file takes; the next call is answered."""
+    name = "tests.rewards.verifiers:raises_oddly"
+    kinds = ["exit", "interrupt", "two", "surrogate", "array", "complex", "fine"]
+    pool = VerifierPool([name], workers=1, timeout_seconds=60.0)
+    for _ in range(2):
+        verdicts = pool.score([(kind, "") for kind in kinds])[name]
+        assert [verdict.reward for verdict in verdicts] == [0.0] * 6 + [1.0]
+        assert [verdict.failure.split(":")[0] for verdict in verdicts] == [
+            "raised SystemExit", "raised KeyboardInterrupt", "raised _NeedsTwoError", "raised ValueError",
+            "raised ValueError", "raised TypeError", "",
+        ]  # fmt: skip
+        assert all(len(verdict.failure.encode()) < 2100 for verdict in verdicts)
+    pool.close()

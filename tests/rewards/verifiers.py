@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,32 @@ def numpy_numbers(response: str, answer: str) -> object:
     import torch
 
     return {"float32": np.float32(1.0), "bool": np.bool_(True), "tensor": torch.tensor(1.0), "huge": 1e300}[response]
+
+
+class _NeedsTwoError(Exception):
+    """One that does not unpickle."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("oops")
+
+
+def raises_oddly(response: str, answer: str) -> object:
+    match response:
+        case "exit":
+            sys.exit(0)
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "two":
+            raise _NeedsTwoError(1, 2)
+        case "surrogate":
+            raise ValueError("\ud83d" + "x" * 12_000)
+        case "array":
+            import numpy as np
+
+            return np.zeros(2)
+        case "complex":
+            return 1j
+    return 1.0
 
 
 def forks(response: str, answer: str) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from echorl_nemo.engines.megatron.model_files import prompt_problems, token_prob
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.rehearsal import rehearse
 from echorl_nemo.errors import UserError
-from echorl_nemo.report.config import METRICS_FILE
+from echorl_nemo.report.config import CONFIG_FILE, FAILURES_FILE, METRICS_FILE, REPORT_FILE, ROLLOUTS_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST
+from echorl_nemo.resilience.lock import LOCK_FILE
+from echorl_nemo.resilience.watch import HEARTBEAT_FILE
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.rollout.trtllm.api import refused_problems
 from echorl_nemo.schema import EvaluateConfig, ModelConfig, RunConfig
@@ -35,6 +38,14 @@ class Inputs:
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
+
+
+RUN_FOLDERS = ("checkpoints", "export", "tensorboard", "stacks", "skipped")
+RUN_FILES = (
+    *RUN_FOLDERS, CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, FAILURES_FILE, REPORT_FILE, HEARTBEAT_FILE, LOCK_FILE,
+    "requeue",
+)  # fmt: skip
+"""What a run writes into its folder."""
 
 
 def check(config: RunConfig, platform: Platform | None = None) -> Inputs:
@@ -193,8 +204,17 @@ def check_evaluation(
 
 
 def run_dir_problems(config: RunConfig) -> list[str]:
-    """Whether the run folder's files would be lost."""
+    """Whether the run folder's files would be lost, or cannot be written."""
     run_dir = Path(config.trainer.run_dir)
+    if not config.trainer.run_dir.strip():
+        return ["trainer.run_dir is empty; name a folder"]
+    parent = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        return [f"trainer.run_dir={run_dir}: {parent} is a file; name a folder"]
+    kinds = {name: (run_dir / name).is_dir() for name in RUN_FILES if (run_dir / name).exists()}
+    if wrong := [name for name, is_folder in kinds.items() if is_folder != (name in RUN_FOLDERS)]:
+        kind = "file" if wrong[0] in RUN_FOLDERS else "folder"
+        return [f"trainer.run_dir={run_dir}: {wrong[0]} in it is a {kind}; move it away, or name another folder"]
     if not (run_dir / METRICS_FILE).exists() and not any((run_dir / "checkpoints").glob("step-*")):
         return []
     if not config.trainer.resume:
@@ -219,13 +239,17 @@ def file_problems(key: str, path: Path) -> list[str]:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         return [f"{key}={path}: {parent} is no folder; name another file"]
-    if not os.access(path if path.exists() else parent, os.W_OK):
-        return [f"{key}={path}: it cannot be written; name a file in a folder of yours"]
-    return []
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return []
+    except OSError as error:
+        return [f"{key}={path}: it cannot be written ({error.strerror}); name a file in a folder of yours"]
 
 
 def out_problems(out: Path) -> list[str]:
     """Whether a model would be written over another."""
+    if out.exists() and not out.is_dir():
+        return [f"--out={out} is a file; name a folder"]
     if out.is_dir() and any(out.iterdir()):
         return [f"--out={out} holds files already; name another folder"]
     return []

@@ -21,9 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
-from echorl_nemo.resilience.ending import OWN_LAUNCHER, RankEnding, Store, cause_was_said
+from echorl_nemo.resilience.ending import OWN_LAUNCHER, RankEnding, Store, cause_was_said, is_done, say_done
 from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
+from echorl_nemo.resilience.streams import make_output_patient
 
 RankFunction = Callable[[ExitStack], int]
 """Gives an exit code; what it starts is closed by the callbacks that it leaves with the stack."""
@@ -62,6 +63,7 @@ def launch(
         ending = RankEnding(rank)
         ending.run(lambda closers: _as_rank(function, platform, ending, _outer_store, world, timeout_minutes, signals))
     platform.check_devices(world)
+    make_output_patient()
     with _rendezvous_folder() as folder:
         context: Any = multiprocessing.get_context(platform.start_method)
         path, parent = str(folder / "rendezvous"), os.getpid()
@@ -75,21 +77,22 @@ def launch(
         ]
         # without ``signals`` there is nothing to save, and a ctrl-C interrupts this program as any other
         passed = SIGNALS if signals is not None else tuple(each for each in SIGNALS if each != signal.SIGINT)
-        with _passing_on(passed, ranks):
+        with _passing_on(passed, ranks) as pass_on_missed:
             # held back until a rank listens: it would take the handler of this process, or die
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for process in ranks:
                 process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            pass_on_missed()
             return _wait(ranks, _file_store(path, world))
 
 
 def _wait(ranks: list[Any], store: Store) -> int:
     """The exit code of all ranks, 1 if they differ. Says which rank failed where no rank has said why."""
     try:
-        while any(process.is_alive() for process in ranks) and not any(_failed(process) for process in ranks):
+        while any(process.is_alive() for process in ranks) and not _failed(ranks, store):
             time.sleep(POLL_SECONDS)
-        failed = [process for process in ranks if _failed(process)]
+        failed = _failed(ranks, store)
     finally:
         for process in ranks:
             if process.is_alive():
@@ -98,14 +101,16 @@ def _wait(ranks: list[Any], store: Store) -> int:
             process.join()
     if failed and not cause_was_said(store):
         for process in failed:
-            how = f"exit code {process.exitcode}" if process.exitcode > 0 else f"signal {-process.exitcode}"
+            how = f"exit code {process.exitcode}" if process.exitcode >= 0 else f"signal {-process.exitcode}"
             print(f"error: {process.name} (process {process.pid}) ended with {how}", file=sys.stderr)
     codes = {process.exitcode for process in ranks}
     return codes.pop() if len(codes) == 1 and not failed else 1
 
 
-def _failed(process: Any) -> bool:
-    return process.exitcode not in (None, 0, EXIT_REQUEUE)
+def _failed(ranks: list[Any], store: Store) -> list[Any]:
+    """The ranks that have ended otherwise than by being done."""
+    ended = [(rank, process) for rank, process in enumerate(ranks) if process.exitcode is not None]
+    return [process for rank, process in ended if process.exitcode not in (0, EXIT_REQUEUE) or not is_done(store, rank)]
 
 
 @contextmanager
@@ -125,18 +130,27 @@ def _rendezvous_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _passing_on(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator[None]:
-    """While the ranks run, ``signals`` are theirs."""
+def _passing_on(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator[Callable[[], None]]:
+    """While the ranks run, ``signals`` are theirs. Gives a function for the moment when all have started: it passes on
+    what came before."""
+    missed: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        if any(process.pid is None for process in ranks):
+            missed.append(number)
+            return
         for process in ranks:
-            if process.pid is not None and process.is_alive():
+            if process.is_alive():
                 os.kill(process.pid, number)
+
+    def pass_on_missed() -> None:
+        for number in missed:
+            pass_on(number, None)
 
     before = {number: signal.signal(number, pass_on) for number in signals}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        yield
+        yield pass_on_missed
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -190,6 +204,7 @@ def _as_rank(
     )
     ending.meet(store, world)
     code = function(ending.closers)
+    say_done(store, rank)
     dist.destroy_process_group()
     return code
 

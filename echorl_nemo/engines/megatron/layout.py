@@ -1,5 +1,6 @@
 """The parallel layout of a run: what it is, and what of model and batch does not divide by it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from echorl_nemo.engines.megatron.launch import outer_world
 from echorl_nemo.errors import UserError
+from echorl_nemo.ops.ranges import Interval
 from echorl_nemo.schema import EvaluateConfig, LayoutConfig, ModelConfig, ParallelConfig, RunConfig
 
 SAME_SIZES = (
@@ -21,6 +23,24 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 """What in a config.json is a number of at least 1, where it is there."""
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Those that every model has."""
+NUMBERS = {
+    "rms_norm_eps": Interval("(0, 1)"),
+    "layer_norm_eps": Interval("(0, 1)"),
+    "rope_theta": Interval("(0, 1e12]"),
+    "attention_dropout": Interval("[0, 1)"),
+    "sliding_window": Interval("[1, 1e9]"),
+    "partial_rotary_factor": Interval("(0, 1]"),
+}
+SCALES = {
+    "factor": Interval("(0, 1e6]"),
+    "low_freq_factor": Interval("(0, 1e6]"),
+    "high_freq_factor": Interval("(0, 1e6]"),
+    "original_max_position_embeddings": Interval("[1, 1e9]"),
+    "attention_factor": Interval("(0, 1e6]"),
+}
+"""Ranges of what the attention is computed with, where it is there; the latter of rope_scaling."""
 
 
 def world_size(config: RunConfig | EvaluateConfig) -> int:
@@ -172,11 +192,27 @@ def read_hf_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path={model.path}: no Hugging Face model can be read: {cause} Name a folder that holds it, or an "
             "id of the hub where the hub can be reached"
         ) from error
-    for name in SIZES:
-        size = getattr(hf_config, name, None)
-        if size is not None and (type(size) is not int or size < 1):
-            raise UserError(f"model.path={model.path}: its config.json has {name}={size!r}; correct it")
+    if wrong := [f"{name}={value!r}" for name, value in _impossible(hf_config)]:
+        raise UserError(f"model.path={model.path}: its config.json has {', '.join(wrong)}; correct it")
     return hf_config
+
+
+def _impossible(hf_config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Names and values of a configuration that no model can have."""
+    for name in SIZES:
+        value = getattr(hf_config, name, 1)
+        missing = value is None and name in NEEDED
+        if missing or (value is not None and (type(value) is not int or value < 1)):
+            yield name, value
+    for name, interval in NUMBERS.items():
+        value = getattr(hf_config, name, None)
+        if value is not None and value not in interval:
+            yield name, value
+    scaling = getattr(hf_config, "rope_scaling", None)
+    if isinstance(scaling, dict):
+        for name, value in scaling.items():
+            if name in SCALES and value not in SCALES[name]:
+                yield f"rope_scaling.{name}", value
 
 
 def known_config(model: ModelConfig) -> PretrainedConfig:

@@ -49,7 +49,8 @@ def check_model(
     faults = model.parallel.share_objects(wrong)
     if faults:
         raise SharedError(_message(config, sorted(set(faults))[0]))
-    positions = min(POSITIONS, scorer.pack_tokens or POSITIONS, hf_config.max_position_embeddings)
+    known = getattr(hf_config, "max_position_embeddings", None) or POSITIONS
+    positions = min(POSITIONS, scorer.pack_tokens or POSITIONS, known)
     # the same on every rank, whatever data each of them has read
     prompts = model.parallel.of_main(lambda: list(prompts[: ROWS * POSITIONS]))
     batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, positions)

@@ -41,6 +41,8 @@ def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str
     ]
     missing = [name for name in wanted if name not in held and name not in optional]
     further = [name for name in held if name not in wanted and not name.endswith("inv_freq")]
+    if hf_config.tie_word_embeddings and _heads_differ(folder, held):
+        other.append("tie_word_embeddings=true, and the embedding and lm_head.weight are different weights")
     if missing:
         other.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} not there")
     if further:
@@ -76,6 +78,18 @@ def prompt_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
         f"{field}: a prompt holds token {data.largest_id}, the embedding has {vocab_size} rows; use the tokenizer that "
         "goes with the model"
     ]
+
+
+def _heads_differ(folder: Path, held: Shapes) -> bool:
+    """Whether a folder holds an output layer of its own that is not its embedding; the first rows are compared."""
+    names = [name for name in held if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    if len(names) != 2:
+        return False
+    rows: list[torch.Tensor] = []
+    for file in _weight_files(folder)[0]:
+        with safetensors.safe_open(file, "pt") as weights:
+            rows += [weights.get_slice(name)[:64] for name in names if name in weights.keys()]  # noqa: SIM118
+    return len(rows) == 2 and not torch.equal(*rows)
 
 
 def _held_shapes(folder: Path) -> tuple[Shapes, list[str]]:

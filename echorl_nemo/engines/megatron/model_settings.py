@@ -61,8 +61,15 @@ def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
 def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
     """Position encodings that Megatron's model cannot be given."""
     kind = rope_type(hf_config)
-    if hf_config.model_type not in MAPPED_FAMILIES or kind in ROPE_TYPES:
+    if hf_config.model_type not in MAPPED_FAMILIES:
         return []
+    if kind in ROPE_TYPES:
+        settings = attention_settings(hf_config)
+        assert settings is not None
+        sound = bool((settings.inverse_frequencies > 0).all() and settings.inverse_frequencies.isfinite().all())
+        if sound and math.isfinite(settings.scale) and settings.scale > 0:
+            return []
+        return [f"model.path={path}: its rope_scaling makes no positive frequencies; correct its config.json"]
     return [
         f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine cannot set; use a "
         f"model with one of {', '.join(ROPE_TYPES)}"

@@ -28,8 +28,6 @@ NOT_MAPPED = ("inv_freq", "_extra_state")
 
 def rehearse(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
     """Every reason why the model cannot be trained by this engine on this platform."""
-    if problems := settings_problems(hf_config, model.path):
-        return problems
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=_in_a_process, args=(sender, model, hf_config, platform))
@@ -51,7 +49,7 @@ def _in_a_process(sender: Connection, model: ModelConfig, hf_config: PretrainedC
     with redirect_stdout(sys.stderr), Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # the libraries' own words: what they raise is in the answer
         try:
-            problems = weight_problems(model, hf_config)
+            problems = settings_problems(hf_config, model.path) or weight_problems(model, hf_config)
         except Exception as error:  # noqa: BLE001  of whatever transformers makes of a config.json
             problems = [_message(model, f"transformers cannot build it: {_words(error)}", "correct its config.json")]
         if not problems:

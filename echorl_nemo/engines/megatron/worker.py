@@ -1,6 +1,7 @@
 """What each rank of a run does."""
 
 import logging
+import shlex
 import socket
 import time
 from contextlib import ExitStack
@@ -225,7 +226,8 @@ class _Run:
         settings = self.config.trainer
         if not settings.resume:
             return
-        made = max((row["step"] + 1 for row in read_lines(self.folder / METRICS_FILE)), default=0)
+        rows = read_lines(self.folder / METRICS_FILE)
+        made = max((row["step"] + 1 for row in rows if isinstance(row.get("step"), int)), default=0)
         if settings.save_every and made > 2 * settings.save_every:
             raise UserError(
                 f"trainer.run_dir={self.folder}: {made} steps were made and no checkpoint is there; is its storage "
@@ -243,9 +245,8 @@ class _Run:
         saved = "saved" if self.progress.step else "nothing to save"
         told = f"stopped after step {self.progress.step}: {reason}; {saved}, exit code {EXIT_REQUEUE}"
         self.recorder.say(told)
-        self.recorder.say(
-            f"to go on: echorl-nemo train --config-dir={self.folder} --config-name=config trainer.resume=true"
-        )
+        where = shlex.quote(str(self.folder))
+        self.recorder.say(f"to go on: echorl-nemo train --config-dir={where} --config-name=config trainer.resume=true")
         (self.folder / REQUEUE_FILE).write_text(f"{told}\n", encoding="utf-8")
 
 

@@ -1,10 +1,16 @@
 """Ctrl-C and its like, as a person meets them: on processes of the program's own."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
@@ -129,3 +135,41 @@ def test_ctrl_c_ends_an_evaluation(in_repository: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output.splitlines()[-1]) == (1, "interrupted") and "Traceback" not in output
+
+
+def test_a_terminal_that_hangs_up_costs_nothing(in_repository: Path, tmp_path: Path) -> None:
+    """As an ssh connection that breaks: SIGHUP, and nobody reads what is printed. Verifier workers live."""
+    run = tmp_path / "run"
+    master, terminal = pty.openpty()
+    command = [
+        sys.executable, "-m", "echorl_nemo", "train", "--config-name", "quickstart", *SETTINGS, "parallel=single",
+        "data.reward=math", f"trainer.run_dir={run}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=in_repository, start_new_session=True, stdin=terminal, stdout=terminal, stderr=terminal,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    reader = threading.Thread(target=_read_until_it_closes, args=(master,), daemon=True)
+    reader.start()
+    until_step(run, 1)
+    os.close(master)
+    assert process.wait(timeout=120) == EXIT_REQUEUE
+    made = read_lines(run / "metrics.jsonl")[-1]["step"] + 1
+    assert (run / "checkpoints" / f"step-{made:06d}").is_dir() and (run / "report.html").is_file()
+
+
+def _read_until_it_closes(master: int) -> None:
+    with contextlib.suppress(OSError):
+        while select.select([master], [], [], 0.2) and os.read(master, 4096):
+            pass
+
+
+def test_a_pipe_without_a_reader_costs_nothing(in_repository: Path, tmp_path: Path) -> None:
+    """As `echorl-nemo train ... | head -2`."""
+    run = tmp_path / "run"
+    process = start(run, in_repository, "parallel=single", "trainer.steps=6", "trainer.export=false")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=240) == 0
+    assert (run / "checkpoints" / "step-000006").is_dir()
