@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
 
@@ -72,8 +72,17 @@ def load_config(
 
 
 def to_yaml(config: RunConfig | EvaluateConfig) -> str:
-    """The resolved configuration, as the run folder keeps it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration, as the run folder keeps it; it reads back as it is."""
+    return OmegaConf.to_yaml(OmegaConf.create(_without_interpolations(asdict(config))))
+
+
+def _without_interpolations(value: Any) -> Any:
+    """``value`` with every `${` of its texts escaped: a template may hold one that is none of OmegaConf's."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, dict):
+        return {key: _without_interpolations(item) for key, item in value.items()}
+    return [_without_interpolations(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def known_keys(schema: Any, prefix: str = "") -> list[str]:

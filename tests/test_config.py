@@ -202,8 +202,12 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         load("mine", config_dir=tmp_path)
 
 
-def test_the_run_folders_copy_reads_back(tmp_path: Path) -> None:
-    config = load("quickstart")
+@pytest.mark.parametrize(
+    "overrides", [[], [r"data.prompt_template='Price: \${{ price }} {{ q }}'", "echorl.boundary=[3]"]]
+)
+def test_the_run_folders_copy_reads_back(tmp_path: Path, overrides: list[str]) -> None:
+    config = load("quickstart", overrides)
+    assert config.data.prompt_template in (None, "Price: ${{ price }} {{ q }}")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load("config", config_dir=tmp_path) == config
 
