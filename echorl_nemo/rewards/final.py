@@ -9,7 +9,7 @@ _MARK = re.compile(
     r"|\banswers?(?:\sto\s(?:the|this|that)\s(?:question|problem))?[*_]*\s*(?=[:=\uff1a]|is\b)",
     re.MULTILINE | re.IGNORECASE,
 )
-_LEAD = re.compile(r"(?:[\s:*$=`\uff1a]|is\b|\\[(\[])*")
+_LEAD = re.compile(r"(?:[\s:*$=`\uff1a]+|is\b|\\[(\[])*")
 _END = re.compile(r"</answer>|\.\s|\\[)\]]|<\||</s>")
 
 
@@ -24,18 +24,13 @@ def final_answer(response: str) -> str:
 
 def _marked(response: str) -> str:
     """What follows the last marker that anything follows."""
-    found = ""
-    for mark in _MARK.finditer(response):
-        start = mark.end()
-        while start < len(response) and (response[start].isspace() or response[start] in ":*$=\uff1a"):
-            start += 1
-        end = response.find("\n", start)
-        line = response[start : end if end >= 0 else len(response)]
-        if line.startswith("is") and not line[2:].strip():  # the answer stands on a line of its own
-            following = response[start + 2 :].lstrip()
-            line = following[: following.find("\n")] if "\n" in following else following
-        lead = _LEAD.match(line)
+    for mark in reversed(list(_MARK.finditer(response))):
+        lead = _LEAD.match(response, mark.end())
         assert lead is not None  # it matches the empty text too
-        text = _END.split(line[lead.end() :])[0].strip()
-        found = text or found
-    return found
+        start = lead.end()
+        if start == len(response) or _END.match(response, start):
+            continue
+        newline = response.find("\n", start)
+        line = response[start : newline if newline >= 0 else len(response)]
+        return _END.split(line, maxsplit=1)[0].strip()
+    return ""

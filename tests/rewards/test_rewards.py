@@ -33,7 +33,7 @@ from echorl_nemo.rewards.final import final_answer
 resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 size = 1 << 20
 parts = ["Answer", "Answer ", "answer is ", r"\boxed{", r"\boxed {", "A:", "A: \n", r"\boxed{}", "####", "####\n"]
-parts += ["Answer: A or ", "Answer: (((", r"Answer: \text{", "\u0130", "Answer\n\n"]
+parts += ["Answer: </s>", "answer is\n</s>", "Answer: A or ", "Answer: (((", r"Answer: \text{", "\u0130", "Answer\n\n"]
 texts = [part * (size // len(part)) for part in parts]
 texts += ["Answer" + bytes([byte]).decode("latin-1") * size + "?" for byte in range(256)]
 for text in texts:
@@ -44,7 +44,7 @@ for text in texts:
 
 
 def test_what_runs_in_the_rank_takes_linear_time() -> None:
-    """A megabyte of any byte, and of what the parsers look for: 813 readings take about 20 s of CPU, of 120 that the
+    """A megabyte of any byte, and of what the parsers look for: 819 readings take about 20 s of CPU, of 120 that the
     process may use. One with a quadratic step takes hours."""
     done = subprocess.run([sys.executable, "-c", LINEAR], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
