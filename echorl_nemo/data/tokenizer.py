@@ -132,7 +132,7 @@ class Tokenizer:
 def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:
+    except Exception as error:  # transformers raises anything for a damaged file
         cause = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"model.path={path}: no tokenizer can be read: {type(error).__name__}: {cause}; name a folder that holds a "

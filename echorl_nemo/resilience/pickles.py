@@ -57,7 +57,7 @@ def checkpoint_classes_only(checkpoint: Path) -> Iterator[None]:
     _refused.clear()
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the library that reads may wrap the refusal in an error of any kind
         if _refused:
             raise UserError(_refused[0]) from error
         raise

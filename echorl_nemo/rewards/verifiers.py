@@ -36,7 +36,7 @@ def find_verifier(name: str) -> Verifier:
         verifier = getattr(importlib.import_module(module_name), function_name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
+    except BaseException as error:  # the module of a user may raise anything, sys.exit() too
         cause = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
         raise UserError(f"reward {name!r} cannot be imported: {cause}; is its folder on PYTHONPATH?") from error
     if not callable(verifier):

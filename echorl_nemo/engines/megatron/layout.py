@@ -185,7 +185,7 @@ def read_hf_config(model: ModelConfig) -> PretrainedConfig:
     sizes."""
     try:
         hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:
+    except Exception as error:  # transformers raises anything for a damaged config.json
         words = (str(error).splitlines() or [""])[0]
         cause = words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
         raise UserError(
