@@ -18,6 +18,11 @@ def print_error(error: UserError) -> None:
     sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))  # at once: ranks share it
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; empty if it says nothing."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def nearest(key: str, keys: Sequence[str]) -> str:
     """Advice that names the valid key nearest to ``key``."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import UserError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -104,7 +104,7 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str, field
         innermost: BaseException = error
         while innermost.__cause__ is not None:
             innermost = innermost.__cause__
-        cause = str(innermost).splitlines() or [type(innermost).__name__]
-        raise UserError(f"{field}={source} (subset {subset}, split {split}): {cause[0]}") from error
+        cause = first_line(innermost) or type(innermost).__name__
+        raise UserError(f"{field}={source} (subset {subset}, split {split}): {cause}") from error
     for number, row in enumerate(data, 1):
         yield f"{source}:{number}", dict(row)

@@ -9,7 +9,7 @@ import jinja2
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import UserError, first_line
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "9a+4b+2\n", "A:3\n", " two  spaces\tand a tab", "x = [1, 2]; y",
@@ -133,7 +133,7 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything for a damaged file
-        cause = (str(error).splitlines() or [""])[0]
+        cause = first_line(error)
         raise UserError(
             f"model.path={path}: no tokenizer can be read: {type(error).__name__}: {cause}; name a folder that holds a "
             "whole one"

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
-from echorl_nemo.errors import UserError, print_error
+from echorl_nemo.errors import UserError, first_line, print_error
 from echorl_nemo.resilience.orphans import end_descendants
 from echorl_nemo.resilience.streams import make_output_patient
 
@@ -95,7 +95,8 @@ class RankEnding:
                 return
             self._say(
                 f"rank {self.rank} on {socket.gethostname()} lost the other ranks: one of them hangs or has ended, or "
-                f"the network is broken (trainer.timeout_minutes is how long one may take): {_first_line(error)}",
+                f"the network is broken (trainer.timeout_minutes is how long one may take): "
+                f"{first_line(error) or type(error).__name__}",
                 error,
             )
             return
@@ -169,10 +170,6 @@ def _done_key(rank: int) -> str:
 def cause_was_said(store: Store) -> bool:
     """Whether a rank has printed why the run ends."""
     return bool(store.add(CAUSE_KEY, 0))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _count_up(store: Any, answers: list[int]) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from echorl_nemo.engines.megatron.launch import outer_world
-from echorl_nemo.errors import UserError
+from echorl_nemo.errors import UserError, first_line
 from echorl_nemo.ops.ranges import Interval
 from echorl_nemo.schema import EvaluateConfig, LayoutConfig, ModelConfig, ParallelConfig, RunConfig
 
@@ -186,7 +186,7 @@ def read_hf_config(model: ModelConfig) -> PretrainedConfig:
     try:
         hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers raises anything for a damaged config.json
-        words = (str(error).splitlines() or [""])[0]
+        words = first_line(error)
         cause = words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
         raise UserError(
             f"model.path={model.path}: no Hugging Face model can be read: {cause} Name a folder that holds it, or an "
