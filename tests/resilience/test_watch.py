@@ -8,24 +8,27 @@ import pytest
 from echorl_nemo.resilience.watch import Watch
 
 
-def _stand_still(until_written: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not until_written.stat().st_size:
+def _stand_still(stacks: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """Wait until the stacks are written and the message is printed, by two threads in any order. Returns the output."""
+    deadline, printed = time.monotonic() + 60, ""
+    while not (stacks.stat().st_size and printed):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+        printed += capfd.readouterr().out
+    return printed
 
 
 def test_a_long_step_leaves_its_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     watches = [Watch(tmp_path, rank, limit_seconds=0.2) for rank in (1, 0)]  # one timer a process: the last one's
     for watch in watches:
         watch.step(6)
-    _stand_still(tmp_path / "stacks" / "rank-0000.txt")
+    printed = _stand_still(tmp_path / "stacks" / "rank-0000.txt", capfd)
     for watch in watches:
         watch.close()
     stacks = (tmp_path / "stacks" / "rank-0000.txt").read_text()
     assert "Timeout (0:00:00.200000)!" in stacks and "_stand_still" in stacks
     assert not (tmp_path / "stacks" / "rank-0001.txt").exists()
-    assert "step 7 takes longer than 0.00333333 minutes" in capfd.readouterr().out
+    assert "step 7 takes longer than 0.00333333 minutes" in printed
 
 
 def test_steps_in_time_leave_nothing(
