@@ -19,7 +19,7 @@ PIP_ARGS ?=
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
-	$(BIN)/echorl-nemo train --config-name quickstart trainer.run_dir=$(RUN_DIR)
+	$(BIN)/echorl-nemo quickstart trainer.run_dir=$(RUN_DIR)
 	@echo "== open $(RUN_DIR)/report.html"
 
 test: test-main test-aligner
@@ -49,7 +49,7 @@ lint: $(READY)
 plan-environment: $(PLAN_READY)
 
 # torch first and by itself, so that no other package's wish brings another build of it
-$(READY): constraints.txt setup.cfg pyproject.toml
+$(READY): constraints.txt setup.cfg setup.py pyproject.toml
 	@echo "== making the virtual environment $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
@@ -57,7 +57,7 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
 	touch $(READY)
 
-$(PLAN_READY): constraints.txt setup.cfg pyproject.toml
+$(PLAN_READY): constraints.txt setup.cfg setup.py pyproject.toml
 	@echo "== making the virtual environment $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch

@@ -1,13 +1,14 @@
-"""The command line: `echorl-nemo plan`, `train`, `evaluate`, `analyze`, `export` and `report`."""
+"""The command line: `echorl-nemo quickstart`, `plan`, `train`, `evaluate`, `analyze`, `export` and `report`."""
 
 import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from echorl_nemo.checks.packages import require_packages
 from echorl_nemo.errors import UserError, print_error
 
 
@@ -20,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides after an option that came after others
         options.overrides += rest
     try:
-        commands_of = {"plan": _plan, "train": _train, "evaluate": _examine, "analyze": _examine, "export": _export,
-                       "report": _report}  # fmt: skip
-        return commands_of[options.command](options)
+        if not getattr(options, "cfg", None):  # a configuration is printed without the packages
+            require_packages(options.command)
+        return COMMANDS[options.command](options)
     except UserError as error:
         # every rank of torchrun or srun finds the same: one of each node says so
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -49,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--launch", type=Path, metavar="DIR", help="write the command that starts the run to DIR")
     train = commands.add_parser("train", help="train a policy on the native engine")
-    train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    quickstart = commands.add_parser("quickstart", help="train the embedded task on two CPU cores, in about a minute")
+    quickstart.set_defaults(config_name="quickstart", config_dir=None)
+    quickstart.add_argument("overrides", nargs="*", help="Hydra overrides: trainer.run_dir=runs/mine echorl.coef=0.3")
+    for run in (train, quickstart):
+        run.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     for run in (plan, train):
         run.add_argument("--config-name", default="train", help="primary config, a file of conf/ (default: train)")
         run.add_argument("--config-dir", type=Path, help="a folder of your own configs, searched before conf/")
@@ -168,3 +173,15 @@ def _report(options: argparse.Namespace) -> int:
     write_report(options.run_dirs, path)
     print(path)
     return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "quickstart": _train,
+    "plan": _plan,
+    "train": _train,
+    "evaluate": _examine,
+    "analyze": _examine,
+    "export": _export,
+    "report": _report,
+}
+"""By name, the function that runs a command and returns its exit code."""

@@ -1,7 +1,6 @@
 """From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from echorl_nemo.errors import UserError, nearest
 from echorl_nemo.schema import EvaluateConfig, RunConfig
-
-_CHECKOUT = Path(__file__).resolve().parents[1] / "conf"
-CONFIG_DIR = _CHECKOUT if _CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "echorl_nemo" / "conf"
-"""`conf/` of a checkout, or where an installed package put it."""
+from echorl_nemo.shipped import CONFIG_DIR, ROOT
 
 SCHEMAS: dict[str, type] = {"run_schema": RunConfig, "evaluate_schema": EvaluateConfig}
 """What a primary config names first in its defaults list, so that every key is known and typed."""
 
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=_name, node=_schema)
+
+# `${shipped:examples/...}` in a configuration is the path of a file that comes with the package
+OmegaConf.register_new_resolver("shipped", lambda name: str(ROOT / name), replace=True)
 
 ConfigT = TypeVar("ConfigT", RunConfig, EvaluateConfig)
 

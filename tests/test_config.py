@@ -1,7 +1,6 @@
 """Every shipped config parses, and what is not known is fatal."""
 
 import ast
-import configparser
 import inspect
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from echorl_nemo import echo, grpo
-from echorl_nemo.config import CONFIG_DIR, known_keys, load_config, to_yaml
+from echorl_nemo.config import known_keys, load_config, to_yaml
 from echorl_nemo.data.config import DataConfig
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import LoggerConfig
@@ -27,6 +26,7 @@ from echorl_nemo.schema import (
     RunConfig,
     TrainerConfig,
 )
+from echorl_nemo.shipped import CONFIG_DIR
 
 FOLDERS = sorted(str(path.relative_to(CONFIG_DIR)) for path in CONFIG_DIR.rglob("*") if path.is_dir())
 HOSTS = ("nemo_aligner", "nemo_rl")
@@ -41,15 +41,6 @@ REQUIRED = ["model.path=some/model", "data.train=some/file.jsonl"]
 def test_the_groups_are_the_sections_of_the_schema() -> None:
     own = [folder for folder in FOLDERS if folder.split("/")[0] not in HOSTS]
     assert [folder for folder in own if folder != "benchmark"] == GROUPS
-
-
-def test_an_installed_package_carries_every_group() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(CONFIG_DIR.parent / "setup.cfg")
-    installed = {
-        target.removeprefix("share/echorl_nemo/conf"): files for target, files in setup["options.data_files"].items()
-    }
-    assert installed == {"": "conf/*.yaml"} | {f"/{group}": f"conf/{group}/*.yaml" for group in FOLDERS}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_DIR.glob("*.yaml")))

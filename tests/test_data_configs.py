@@ -7,11 +7,12 @@ from pathlib import Path
 import datasets
 import pytest
 
-from echorl_nemo.config import CONFIG_DIR, load_config
+from echorl_nemo.config import load_config
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.schema import RunConfig
+from echorl_nemo.shipped import CONFIG_DIR
 
 DATA = sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml") if path.stem != "tiny-chain")
 SAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data"

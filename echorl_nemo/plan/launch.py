@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from echorl_nemo.config import CONFIG_DIR
 from echorl_nemo.data.prepared import write_prompts
 from echorl_nemo.engines.megatron.checks import Inputs
 from echorl_nemo.engines.nemo_aligner import overrides as aligner
@@ -12,9 +11,9 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.overrides import override
 from echorl_nemo.plan.run import Plan
 from echorl_nemo.schema import RunConfig
+from echorl_nemo.shipped import ALIGNER_SCRIPT, CONFIG_DIR
 
 COMMAND_FILE = "command.txt"
-ALIGNER_SCRIPT = CONFIG_DIR.parent / "examples" / "nemo_aligner" / "train_gpt_echo_grpo_actor.py"
 
 
 def train_arguments(name: str, folder: Path | None, overrides: Sequence[str], config: RunConfig) -> list[str]:

@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
-from echorl_nemo.config import CONFIG_DIR
 from echorl_nemo.engines.megatron import checks
 from echorl_nemo.engines.megatron.layout import arithmetic_problems, path_problems, replica_size, settle_layout
 from echorl_nemo.engines.nemo_aligner import config as aligner
@@ -21,6 +20,7 @@ from echorl_nemo.engines.nemo_rl import overrides as nemo_rl_overrides
 from echorl_nemo.errors import UserError
 from echorl_nemo.plan.estimate import Memory
 from echorl_nemo.schema import RunConfig
+from echorl_nemo.shipped import CONFIG_DIR
 
 BYTES_OF_A_CHECKPOINT = 14
 """For each parameter: bf16 weights, float32 master weights and two moments."""

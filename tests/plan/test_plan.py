@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from echorl_nemo.cli import main
-from echorl_nemo.config import CONFIG_DIR, load_config
+from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.layout import described_config
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import quiet_libraries
@@ -23,6 +23,7 @@ quiet_libraries()
 PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.plan.parameters import stage_parameters, total_parameters  # noqa: E402
+from echorl_nemo.shipped import CONFIG_DIR  # noqa: E402
 
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml") if path.stem not in ("hf", "tiny-chain"))
 LLAMA_70B = 70_553_706_496

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from echorl_nemo.config import CONFIG_DIR
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.schema import RunConfig
+from echorl_nemo.shipped import CONFIG_DIR
 from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
 
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))

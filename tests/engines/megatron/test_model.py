@@ -9,10 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from echorl_nemo.config import CONFIG_DIR, load_config
+from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.checks import platform_problems
 from echorl_nemo.engines.megatron.layout import described_config, world_size
 from echorl_nemo.schema import RunConfig
+from echorl_nemo.shipped import CONFIG_DIR
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, example_batch, prepared_batch, tiny_config, trainer_of
 
 NEWLINE = 34
