@@ -15,7 +15,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-aligner test-nemo-rl lint plan-environment clean
+.PHONY: quickstart test test-main test-aligner test-wheel test-nemo-rl lint plan-environment clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
@@ -31,6 +31,10 @@ test-main: $(READY)
 test-aligner: $(ALIGNER_READY)
 	OMP_NUM_THREADS=1 $(ALIGNER)/bin/python -m pytest tests/engines/nemo_aligner tests/echo tests/grpo tests/ops
 
+# the wheel in fresh environments, without the checkout
+test-wheel:
+	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" .ci/wheel
+
 # the plug-in against a real NeMo-RL: make test-nemo-rl NEMO_RL_HOME=/opt/nemo-rl NEMO_RL_PYTHON=python
 NEMO_RL_PYTHON ?= python
 test-nemo-rl:
@@ -42,7 +46,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run .ci/wheel
 	$(BIN)/hadolint Dockerfile
 
 # what `echorl-nemo plan` needs, beside a host's own environment (see Dockerfile)
