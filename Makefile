@@ -52,7 +52,7 @@ lint: $(READY)
 # what `echorl-nemo plan` needs, beside a host's own environment (see Dockerfile)
 plan-environment: $(PLAN_READY)
 
-# torch first and by itself, so that no other package's wish brings another build of it
+# torch first and separately, so that no requirement of another package brings another build of it
 $(READY): constraints.txt setup.cfg setup.py pyproject.toml
 	@echo "== making the virtual environment $(VENV)"
 	$(PYTHON) -m venv $(VENV)

@@ -32,12 +32,12 @@ from safetensors.torch import load_file
 
 from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.engines.megatron.platform import detect_platform
-from echorl_nemo.engines.megatron.run import quiet_libraries, train
+from echorl_nemo.engines.megatron.run import silence_library_warnings, train
 from echorl_nemo.report.config import METRICS_FILE, ROLLOUTS_FILE
 from echorl_nemo.report.logger import read_lines
-from echorl_nemo.resilience.checkpoints import CheckpointFolder, damages, step_of
+from echorl_nemo.resilience.checkpoints import CheckpointFolder, damaged_files, step_of
 from echorl_nemo.resilience.stop import StopSignals
-from echorl_nemo.resilience.watch import HEARTBEAT_FILE
+from echorl_nemo.resilience.watchdog import HEARTBEAT_FILE
 from echorl_nemo.schema import RunConfig
 
 LONGEST_SECONDS = 120
@@ -145,7 +145,7 @@ def _newest_sound(run_dir: Path, before: int) -> int:
     newest = step_of(complete[0]) if complete else 0
     assert newest >= before, f"{run_dir}: the newest checkpoint was of step {before} and is of {newest}"
     for checkpoint in complete:
-        assert not (wrong := damages(checkpoint, part=0, parts=1)), f"{checkpoint}: {wrong}"
+        assert not (wrong := damaged_files(checkpoint, part=0, parts=1)), f"{checkpoint}: {wrong}"
     return newest
 
 
@@ -174,8 +174,8 @@ def _partial(run_dir: Path) -> list[Path]:
 
 
 def _phase(run_dir: Path) -> str:
-    beat = run_dir / HEARTBEAT_FILE
-    return str(json.loads(beat.read_text())["phase"]) if beat.is_file() else "start"
+    heartbeat = run_dir / HEARTBEAT_FILE
+    return str(json.loads(heartbeat.read_text())["phase"]) if heartbeat.is_file() else "start"
 
 
 def _writers(run_dir: Path) -> list[psutil.Process]:
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> Chaos:
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    quiet_libraries()
+    silence_library_warnings()
     detect_platform("cpu")
     import echorl_nemo.engines.megatron.worker  # noqa: F401  once, before ranks are forked
 

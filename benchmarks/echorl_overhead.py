@@ -26,7 +26,7 @@ from rich.table import Table
 
 from echorl_nemo.echo import EchoRLConfig, segment_steps, select_clips
 from echorl_nemo.engines.megatron.platform import detect_platform
-from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.grpo import AlgoConfig, counted_rollouts, group_advantages
 from echorl_nemo.ops import chunked
 from echorl_nemo.rollout.batch import RolloutBatch
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.vocabulary, args.hidden, args.tokens = 512, 32, 48
-    quiet_libraries()
+    silence_library_warnings()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         platform = detect_platform()

@@ -165,21 +165,21 @@ def _command(case: Case, folder: Path, mark: Path) -> list[str]:
 
 def _plant(phase: str, fault: str, rank: int, mark: Path) -> None:
     """Have ``fault`` happen when the rank begins ``phase``, once verifier workers live."""
-    from echorl_nemo.resilience.watch import Watch
+    from echorl_nemo.resilience.watchdog import Watchdog
     from echorl_nemo.rewards import VerifierPool
 
-    beat = Watch.beat
+    heartbeat = Watchdog.heartbeat
 
-    def broken(watch: Watch, begun: str) -> None:
-        beat(watch, begun)
-        if begun != phase or watch.rank != rank or mark.exists():
+    def broken(watchdog: Watchdog, begun: str) -> None:
+        heartbeat(watchdog, begun)
+        if begun != phase or watchdog.rank != rank or mark.exists():
             return
         pool = VerifierPool(["math"], workers=2, timeout_seconds=60.0)
         pool.score([(r"\boxed{1}", "1")] * 2)
         mark.touch()
         _break(fault)
 
-    Watch.beat = broken  # type: ignore[assignment, method-assign]
+    Watchdog.heartbeat = broken  # type: ignore[assignment, method-assign]
 
 
 def _break(fault: str) -> None:

@@ -4,7 +4,7 @@
 
 Checks the probe's entropies against `return_generation_logits` for requests of many lengths that run together, with
 prefill in chunks, then measures tokens/s with the probe and without, interleaved. Prints one table; exits with 1 if an
-entropy differs by more than the tolerance. Has run against the tests' stub alone.
+entropy differs by more than the tolerance. Has run only against the tests' stub.
 """
 
 import argparse
@@ -30,9 +30,9 @@ TOLERANCE = 1e-3
 class OneRank:
     """A trainer of one rank."""
 
-    main = True
+    is_main = True
 
-    def share_objects(self, mine: Sequence[Any]) -> list[Any]:
+    def all_gather_objects(self, mine: Sequence[Any]) -> list[Any]:
         return list(mine)
 
     def barrier(self) -> None: ...

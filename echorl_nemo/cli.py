@@ -13,19 +13,19 @@ from echorl_nemo.errors import UserError, print_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code. A UserError is printed without a trace."""
+    """Run a command and return its exit code. A UserError is printed without a trace."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if strange := [argument for argument in rest if argument.startswith("-") or options.command == "report"]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if rest:  # overrides after an option that came after others
+    if rest:  # argparse leaves overrides over that follow an option in the middle
         options.overrides += rest
     try:
         if not getattr(options, "cfg", None):  # a configuration is printed without the packages
             require_packages(options.command)
         return COMMANDS[options.command](options)
     except UserError as error:
-        # every rank of torchrun or srun finds the same: one of each node says so
+        # under torchrun or srun every rank finds the same problem; one rank of each node prints it
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print_error(error)
         return 1
@@ -41,12 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="check a run and estimate what it takes, without a GPU")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument(
-        "--elsewhere", action="store_true", help="the run is for another machine: look for no files and packages here"
+        "--elsewhere",
+        action="store_true",
+        help="the run is for another machine: do not look for files and packages here",
     )
     plan.add_argument(
         "--packages-elsewhere",
         action="store_true",
-        help="the ranks have another environment: look for no packages here",
+        help="the ranks have another environment: do not look for packages here",
     )
     plan.add_argument("--launch", type=Path, metavar="DIR", help="write the command that starts the run to DIR")
     train = commands.add_parser("train", help="train a policy on the native engine")
@@ -90,11 +92,11 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config_name, options.overrides, options.config_dir, schema=RunConfig)
     from rich.console import Console
 
-    from echorl_nemo.engines.megatron.run import quiet_libraries
+    from echorl_nemo.engines.megatron.run import silence_library_warnings
 
-    quiet_libraries()  # before Megatron is imported
-    from echorl_nemo.plan.launch import train_arguments, write_launch
-    from echorl_nemo.plan.run import as_json, make_plan, print_problems
+    silence_library_warnings()  # before Megatron is imported
+    from echorl_nemo.plan.command import train_arguments, write_command
+    from echorl_nemo.plan.plan import as_json, make_plan, print_problems
     from echorl_nemo.plan.table import print_plan
 
     plan = make_plan(config, elsewhere=options.elsewhere, packages=not options.packages_elsewhere)
@@ -105,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
         print_problems(plan)
     if plan.ok and options.launch is not None:
         arguments = train_arguments(options.config_name, options.config_dir, options.overrides, config)
-        write_launch(plan, options.launch, arguments)
+        write_command(plan, options.launch, arguments)
     return 0 if plan.ok else 1
 
 
@@ -119,13 +121,13 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if config.engine != "megatron":
         raise UserError(
-            f"engine={config.engine}: `train` is the native engine's; start a host by slurm/, or by the command that "
-            "`echorl-nemo plan --launch DIR` writes"
+            f"engine={config.engine}: `train` runs only the native engine; start this host with a script of slurm/, or "
+            "with the command that `echorl-nemo plan --launch DIR` writes"
         )
     from echorl_nemo.resilience.stop import StopSignals
 
-    signals = StopSignals().listen()  # before the libraries are imported, which takes its time
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # until the ranks start there is nothing to save
+    signals = StopSignals().listen()  # early: importing the libraries takes seconds
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # before the ranks start there is nothing to save
     from echorl_nemo.engines.megatron.run import train
 
     return train(config, to_yaml(config), signals)
@@ -154,7 +156,7 @@ def _export(options: argparse.Namespace) -> int:
     name = Path(CONFIG_FILE).stem
     if not (options.checkpoint / CONFIG_FILE).is_file():
         raise UserError(
-            f"{options.checkpoint}: no checkpoint, it has no {CONFIG_FILE}; name run_dir/checkpoints/step-NNNNNN"
+            f"{options.checkpoint}: the folder has no {CONFIG_FILE}; name a checkpoint, run_dir/checkpoints/step-NNNNNN"
         )
     config = load_config(name, options.overrides, options.checkpoint, schema=RunConfig)
     from echorl_nemo.engines.megatron.run import export

@@ -1,4 +1,4 @@
-"""From YAML files and command-line overrides to a typed configuration. Unknown keys are fatal, `+key` included."""
+"""Composes YAML files and command-line overrides into a typed configuration. Unknown keys are errors, also with `+`."""
 
 import re
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from echorl_nemo.errors import UserError, nearest
+from echorl_nemo.errors import UserError, did_you_mean
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 from echorl_nemo.shipped import CONFIG_DIR, ROOT
 
 SCHEMAS: dict[str, type] = {"run_schema": RunConfig, "evaluate_schema": EvaluateConfig}
-"""What a primary config names first in its defaults list, so that every key is known and typed."""
+"""Schemas by name. A primary config names one first in its defaults list, so that every key is known and typed."""
 
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=_name, node=_schema)
@@ -36,7 +36,7 @@ def load_config(
 ) -> ConfigT:
     """Compose the primary config ``name`` with Hydra ``overrides`` and check it against the dataclasses of ``schema``.
 
-    ``config_dir``: a folder of one's own, searched before the shipped `conf/`.
+    ``config_dir``: a folder of the user's own, searched before the shipped `conf/`.
 
     Raises UserError with every problem, one a line: each names the key, the value and the remedy.
     """
@@ -49,7 +49,7 @@ def load_config(
         raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
     keys = known_keys(schema)
     parsed, problems = _parse(overrides, names)
-    problems += _key_problems(parsed, folders, keys, free_keys(schema))
+    problems += _key_problems(parsed, folders, keys, dictionary_keys(schema))
     if problems:
         raise UserError("\n".join(problems))
     others = ",".join(f'"file://{folder}"' for folder in folders if folder != names[name])
@@ -60,9 +60,9 @@ def load_config(
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {name}: not YAML in UTF-8: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise UserError(f"config {name}: it names itself, or is nested without end; look at its defaults") from error
-    except (ValueError, TypeError, AttributeError) as error:  # of a defaults list that is none
-        raise UserError(f"config {name}: {' '.join(str(error).split())}; defaults is a list") from error
+        raise UserError(f"config {name}: it includes itself; look at its defaults") from error
+    except (ValueError, TypeError, AttributeError) as error:  # raised for a `defaults` that is not a list
+        raise UserError(f"config {name}: {' '.join(str(error).split())}; make its defaults a list") from error
     if merged is not None:
         config = _instantiate(merged, schema, f"config {name}", problems)
     if problems:
@@ -71,12 +71,13 @@ def load_config(
 
 
 def to_yaml(config: RunConfig | EvaluateConfig) -> str:
-    """The resolved configuration, as the run folder keeps it; it reads back as it is."""
+    """The resolved configuration as YAML text, which the run folder keeps and `load_config` reads back unchanged."""
     return OmegaConf.to_yaml(OmegaConf.create(_without_interpolations(asdict(config))))
 
 
 def _without_interpolations(value: Any) -> Any:
-    """``value`` with every `${` of its texts escaped: a template may hold one that is none of OmegaConf's."""
+    """``value`` with every `${` in its texts escaped, since a Jinja template may hold one that OmegaConf must not
+    read."""
     if isinstance(value, str):
         return value.replace("${", "\\${")
     if isinstance(value, dict):
@@ -94,41 +95,41 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def free_keys(schema: Any, prefix: str = "") -> list[str]:
-    """The dotted keys whose values are dictionaries of a user's own, such as `rollout.trtllm.extra`."""
+def dictionary_keys(schema: Any, prefix: str = "") -> list[str]:
+    """The dotted keys whose values are dictionaries with entries of the user's choice, like `rollout.trtllm.extra`."""
     keys = []
     for spec in fields(schema):
         if get_origin(spec.type) is dict:
             keys.append(prefix + spec.name)
         elif is_dataclass(spec.type):
-            keys += free_keys(spec.type, f"{prefix}{spec.name}.")
+            keys += dictionary_keys(spec.type, f"{prefix}{spec.name}.")
     return keys
 
 
 def _parse(overrides: Sequence[str], names: dict[str, Path]) -> tuple[list[Override], list[str]]:
-    """The overrides that Hydra's grammar knows, and for each other one what was expected."""
+    """The overrides that Hydra can parse, and a problem for each one that it cannot."""
     parser, parsed, problems = OverridesParser.create(), [], []
     for override in overrides:
         try:
             parsed += parser.parse_overrides([override])
         except HydraException:
             problems.append(_explain_override(override, names))
-        except ValueError as error:  # of a number with thousands of digits
+        except ValueError as error:  # raised for a number with thousands of digits
             problems.append(f"{override[:80]}: {error}; give another value")
         else:
             if parsed[-1].value() == "???":
                 parsed.pop()
-                problems.append(f"{override}: ??? is no value; give one")
+                problems.append(f"{override}: ??? is not a value; give one")
             elif parsed[-1].is_sweep_override():
                 problems.append(
-                    f"{override}: several values; a run has one of each key: start a run for each, or quote the value "
-                    f"if it is one text: '{_quoted(override)}'"
+                    f"{override}: several values for one key; start one run for each, or quote the value if it is one "
+                    f"text: '{_quoted(override)}'"
                 )
     return parsed, problems
 
 
 def _explain_override(override: str, names: dict[str, Path]) -> str:
-    """What is wrong with an argument that is no override."""
+    """The problem of an argument that is not an override."""
     key, equals, _ = override.partition("=")
     if not equals and key.removesuffix(".yaml") in names:
         return f"{override}: an argument is key=value; to choose a configuration use --config-name {key}"
@@ -138,7 +139,7 @@ def _explain_override(override: str, names: dict[str, Path]) -> str:
     if not equals:
         return f"{override}: an argument is key=value, as in echorl.coef=0.3"
     if not re.fullmatch(r"[~+]{0,2}[A-Za-z_]\w*([.@/][A-Za-z0-9_]+)*", key, re.ASCII):
-        return f"{override}: {key!r} is no key; keys are words joined by dots, as in echorl.coef=0.3"
+        return f"{override}: {key!r} is not a key; write words joined by dots, as in echorl.coef=0.3"
     return f"{override}: the value has characters of Hydra's syntax; quote it twice: '{_quoted(override)}'"
 
 
@@ -151,18 +152,20 @@ def _quoted(override: str) -> str:
 def _key_problems(
     parsed: Sequence[Override], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
 ) -> list[str]:
-    """Hydra advises `+key` for a key that it does not know; here that is right for the entries of ``free`` only."""
+    """Problems of unknown, added and deleted keys. Only entries of the dictionaries ``free`` may be added."""
     groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
     problems = []
     for override in parsed:
         key = override.key_or_group
         if parent := next((name for name in free if key == name or key.startswith(f"{name}.")), None):
             if key == parent or not override.is_add():
-                problems.append(f"{override.input_line}: entries of {parent} are added one by one, +{parent}.key=value")
+                problems.append(
+                    f"{override.input_line}: {parent} is a dictionary; add its entries: +{parent}.key=value"
+                )
         elif key not in groups and key not in keys:
-            problems.append(f"{override.input_line}: no such key; {nearest(key, keys)}")
+            problems.append(f"{override.input_line}: no such key; {did_you_mean(key, keys)}")
         elif key in groups and not (options := _options(directories, key)) >= {str(override.value())}:
-            near = nearest(str(override.value()), sorted(options))
+            near = did_you_mean(str(override.value()), sorted(options))
             problems.append(f"{override.input_line}: no such choice; {near} There are {', '.join(sorted(options))}")
         elif override.is_add() and not override.is_force_add():
             problems.append(f"{override.input_line}: the key is there already; leave out the +, {key}=...")
@@ -178,8 +181,8 @@ def _options(directories: Sequence[Path], group: str) -> set[str]:
 def _compose_all(
     name: str, parsed: Sequence[Override], search: list[str], schema: type[ConfigT], keys: Sequence[str]
 ) -> tuple[DictConfig | None, list[str]]:
-    """The merged configuration without the overrides whose values have a wrong type, and a problem for each of them;
-    None if the files themselves are wrong."""
+    """The merged configuration without the overrides whose values have a wrong type, and a problem for each of them.
+    None instead of the configuration if the files themselves are wrong."""
     left: list[Override] = list(parsed)
     problems: list[str] = []
     while True:
@@ -209,7 +212,7 @@ def _try_compose(
 
 
 def _instantiate(node: Any, schema: Any, where: str, problems: list[str]) -> Any:
-    """The dataclass of a section; adds to ``problems`` what its checks find, and goes on."""
+    """The dataclass of a section. Adds to ``problems`` what its checks find, and goes on with the next section."""
     values = {}
     for spec in fields(schema):
         try:
@@ -221,9 +224,9 @@ def _instantiate(node: Any, schema: Any, where: str, problems: list[str]) -> Any
         except MissingMandatoryValue as error:
             key = _key_of(error)
             problems.append(f"{where}: {key} must be given, as {key}=... or in the file")
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        except OmegaConfBaseException as error:  # an interpolation names a key that does not exist
             problems.append(f"{where}: {_key_of(error)}: {_words(error)}")
-        except ValueError as error:  # of an element of a list or dictionary
+        except ValueError as error:  # raised by an element of a list or dictionary
             problems += str(error).splitlines()
     try:
         return schema(**values)
@@ -233,7 +236,7 @@ def _instantiate(node: Any, schema: Any, where: str, problems: list[str]) -> Any
 
 
 def _key_of(error: BaseException) -> str:
-    """The key that an error of Hydra or OmegaConf is about; empty if it names none."""
+    """The key that an error of Hydra or OmegaConf names; empty if it names none."""
     cause: BaseException | None = error
     found = ""
     while cause is not None:
@@ -243,10 +246,10 @@ def _key_of(error: BaseException) -> str:
 
 
 def _explain(error: BaseException, keys: Sequence[str]) -> str:
-    """Hydra's and OmegaConf's own words on one line, with the nearest valid key where a key was not known."""
+    """Hydra's or OmegaConf's message on one line, or the nearest valid key where a key is unknown."""
     key = _key_of(error)
     if key and key not in keys:
-        return f"{key}: no such key; {nearest(key, keys)}"
+        return f"{key}: no such key; {did_you_mean(key, keys)}"
     return (f"{key}: " if key else "") + _words(error)
 
 
@@ -254,13 +257,13 @@ KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or f
 
 
 def _words(error: BaseException) -> str:
-    """What Hydra and OmegaConf say, on one line; a wrong type in plain words."""
+    """The message of an error of Hydra or OmegaConf on one line, in plain words where the type is wrong."""
     words = [str(error), str(error.__cause__ or "")]
     joined = " ".join(words)
     if found := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", joined, re.DOTALL):
         return f"{found[1]!r} is not {KINDS.get(found[2], found[2])}"
     if "is not a subclass of" in joined:
-        return "it is a configuration of another command (train and plan, or evaluate and analyze)"
+        return "this configuration is for another command (train and plan, or evaluate and analyze); choose another"
     if "is not Optional" in joined:
         return "null is not allowed; give a value"
     short = [text.split("\nConfig search path:")[0].split("\n    full_key:")[0] for text in words]

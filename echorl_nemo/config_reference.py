@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the dataclasses of the configuration: `python -m echorl_nemo.config_reference`."""
+"""Prints docs/configuration.md from the dataclasses of the configuration: `python -m echorl_nemo.config_reference`."""
 
 import ast
 import inspect
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, get_args
 
-from echorl_nemo.ops.ranges import INTERVAL, WORDS
+from echorl_nemo.ops.ranges import CHOICES, INTERVAL
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 HEADER = """# Every key of the configuration
@@ -18,8 +18,8 @@ starts.
 """
 
 
-def reference() -> str:
-    """The page."""
+def page() -> str:
+    """The text of docs/configuration.md."""
     seen: set[type] = set()
     parts = [HEADER]
     for schema in (RunConfig, EvaluateConfig):
@@ -31,9 +31,10 @@ def reference() -> str:
 
 
 def allowed(spec: Field) -> str:
-    """What a field may be: an interval, words, or any value of its type."""
-    if WORDS in spec.metadata:
-        return ", ".join(spec.metadata[WORDS])
+    """The allowed values of a field as text: an interval or a list of words; empty if any value of its type is
+    allowed."""
+    if CHOICES in spec.metadata:
+        return ", ".join(spec.metadata[CHOICES])
     return spec.metadata[INTERVAL].text if INTERVAL in spec.metadata else ""
 
 
@@ -84,9 +85,9 @@ def _type(spec: Field) -> str:
 def _default(spec: Field) -> str:
     value = spec.default_factory() if spec.default_factory is not MISSING else spec.default
     if value == "???":
-        return "to be given"
+        return "required"
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(page(), end="")

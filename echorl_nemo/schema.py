@@ -1,4 +1,4 @@
-"""The configuration of a run. `engines/*/overrides.py` put it in the words of a host."""
+"""The dataclasses of a run's configuration. `engines/*/overrides.py` translate them into the keys of a host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -12,7 +12,7 @@ from echorl_nemo.echo import EchoRLConfig
 from echorl_nemo.echo.config import STEP_REDUCTIONS, boundary_problems
 from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import AlgoConfig
-from echorl_nemo.ops.ranges import check_fields, number, word
+from echorl_nemo.ops.ranges import check_fields, choice, number
 from echorl_nemo.report.config import LoggerConfig
 from echorl_nemo.resilience.config import CheckpointConfig, ResilienceConfig
 from echorl_nemo.rollout.config import RolloutConfig
@@ -25,16 +25,16 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(kw_only=True)
 class LayoutConfig:
-    """A model's default layout on a number of GPUs; replicas take what is left of them."""
+    """A model's default layout on a number of GPUs. Data-parallel replicas use the remaining GPUs."""
 
     tensor: int = number(1, "[1, 65536]")
-    """As `parallel.tensor`."""
+    """The value of `parallel.tensor`."""
 
     pipeline: int = number(1, "[1, 65536]")
-    """As `parallel.pipeline`."""
+    """The value of `parallel.pipeline`."""
 
     expert: int = number(1, "[1, 65536]")
-    """As `parallel.expert`."""
+    """The value of `parallel.expert`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model.layouts", error=UserError)
@@ -51,19 +51,19 @@ class ModelConfig:
     """Whether Python code that comes with the model may run."""
 
     nemo_path: str | None = None
-    """The same model as a .nemo file or folder, which NeMo-Aligner trains; see docs/nemo_aligner.md."""
+    """The same model as a .nemo file or folder, for NeMo-Aligner; see docs/nemo_aligner.md."""
 
     chat_template: str = "none"
-    """What prompts are wrapped in: `none`; `tokenizer`, the tokenizer's own chat template; or the text of a Jinja
-    template over `messages`. `data.chat_template` decides otherwise for a data set."""
+    """Chat template of prompts: `none`; `tokenizer`, the tokenizer's own; or the text of a Jinja template over
+    `messages`. `data.chat_template` overrides whether it is used."""
 
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a response beside those that tokenizer and generation_config.json name, by their text."""
+    """Texts of tokens that end a response, in addition to those that tokenizer and generation_config.json name."""
 
     keep_special_tokens: bool = False
-    """Whether verifiers see the special tokens of a response, but for the stop token at its end."""
+    """Whether verifiers see the special tokens of a response, except for the stop token at its end."""
 
-    verify: str = word("auto", VERIFY)
+    verify: str = choice("auto", VERIFY)
     """`auto` compares the tokenizer with its tokenizer.json, and at load the policy with transformers' own forward:
     whole where the model has at most 2e9 parameters, else its first two layers and the settings of every layer. `off`
     trusts both."""
@@ -72,10 +72,11 @@ class ModelConfig:
     """Tokens that end a step; the shipped configs set `echorl.boundary` to it."""
 
     layouts: dict[int, LayoutConfig] = field(default_factory=dict)
-    """Default layouts by number of GPUs; a run on more takes the largest that is not above. See `parallel.tensor`."""
+    """Default layouts by number of GPUs. A run uses the one with the largest number that it has. See
+    `parallel.tensor`."""
 
     architecture: dict[str, Any] = field(default_factory=dict)
-    """The model's config.json as far as a plan needs it, so that it can be made without the model."""
+    """The keys of the model's config.json that a plan needs, so that it can be made without the model."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model", error=UserError)
@@ -83,13 +84,14 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """The machines, as a plan and the hosts' launchers need them."""
+    """The machines of a run, for plans and the hosts' launchers."""
 
     nodes: int = number(1, "[1, 1000000]")
-    """Machines of the run."""
+    """Number of machines."""
 
     gpus_per_node: int = number(0, "[0, 1024]")
-    """GPUs of each. 0: on the native engine those that the ranks find; in a plan as many as the layout asks for."""
+    """GPUs of each machine. 0: on the native engine those that the ranks find; in a plan those that the layout
+    needs."""
 
     gpu_memory_gib: float = number(80.0, "(0, 1000000]")
     """Memory of a GPU, GiB."""
@@ -101,13 +103,13 @@ class ClusterConfig:
     """Memory bandwidth of a GPU, GB/s."""
 
     nvlink_bandwidth: float = number(450.0, "(0, 1000000000]")
-    """Of a GPU to the others of its node, GB/s in each direction."""
+    """Bandwidth of a GPU to the others of its node, GB/s in each direction."""
 
     network_bandwidth: float = number(50.0, "(0, 1000000000]")
-    """Of a GPU to those of other nodes, GB/s in each direction."""
+    """Bandwidth of a GPU to those of other nodes, GB/s in each direction."""
 
     mfu: float = number(0.4, "(0, 1]")
-    """Share of the peak that training is expected to reach."""
+    """Share of the peak that training reaches, for estimates."""
 
     def __post_init__(self) -> None:
         check_fields(self, "cluster", error=UserError)
@@ -118,10 +120,11 @@ class ParallelConfig:
     """How ranks share the work; their number is tensor x pipeline x context x data."""
 
     tensor: int = number(1, "[0, 65536]")
-    """Ranks that share each layer. 0, with `pipeline` 0 too: what `model.layouts` has for the run's GPUs, else 1."""
+    """Ranks that share each layer. If this and `pipeline` are 0: the layout of `model.layouts` for the run's GPUs, or
+    1."""
 
     pipeline: int = number(1, "[0, 65536]")
-    """Ranks that each hold a stretch of layers; 0 as in `tensor`."""
+    """Ranks that hold consecutive parts of the layers; 0 as in `tensor`."""
 
     context: int = number(1, "[1, 65536]")
     """Ranks that share each sequence."""
@@ -130,13 +133,14 @@ class ParallelConfig:
     """Ranks, of those that hold replicas, over which the experts of a mixture are spread."""
 
     sequence: bool = False
-    """Sequence parallelism: between the layers' products, positions are spread over the tensor-parallel ranks."""
+    """Sequence parallelism: outside the matrix products, positions are split over the tensor-parallel ranks."""
 
-    device: str = word("auto", DEVICES)
-    """`auto`: GPUs where torch finds one, else the CPU; `cpu` or `cuda` to insist."""
+    device: str = choice("auto", DEVICES)
+    """`auto`: GPUs if torch finds one, otherwise the CPU; `cpu` or `cuda`: only that."""
 
     data: int | None = number(None, "[1, 1000000]")
-    """Replicas that share the groups of a step. Null: what the ranks that torchrun or srun started leave, else 1."""
+    """Replicas that share the groups of a step. Null: as many as the ranks that torchrun or srun started allow, or
+    1."""
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel", error=UserError)
@@ -144,53 +148,53 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """The training loop."""
+    """Settings of the training loop."""
 
     run_dir: str = "runs/${now:%Y%m%d-%H%M%S}"
     """Folder of the run: config, metrics, rollouts, checkpoints, report."""
 
     resume: bool = False
-    """Go on from the newest sound checkpoint of `run_dir`, from the start where it has none. False refuses a folder
-    that holds a run."""
+    """Go on from the newest undamaged checkpoint of `run_dir`, or start if it has none. False refuses a folder that
+    holds a run."""
 
     steps: int = number(100, "[1, 1000000000]")
     """Training steps: each generates, verifies, scores and updates."""
 
     prompts_per_step: int = number(128, "[1, 10000000]")
-    """Prompts, and so groups, of a step."""
+    """Prompts of a step; each gives one group of rollouts."""
 
     minibatch_prompts: int = number(64, "[1, 10000000]")
     """Groups of one optimizer step; a step has prompts_per_step / minibatch_prompts of them."""
 
     micro_batch_size: int = number(1, "[1, 1000000]")
-    """Rollouts in one forward-backward of a rank, padded to the longest of them; under a pipeline, of the step."""
+    """Rollouts in one forward-backward of a rank, padded to the longest of them (with a pipeline, of the step)."""
 
-    recompute: str = word("none", RECOMPUTE)
-    """Activations that are computed again in the backward pass instead of kept: `none`; `selective`, those of the
+    recompute: str = choice("none", RECOMPUTE)
+    """Activations that are computed again in the backward pass instead of being kept: `none`; `selective`, those of the
     attention product; `full`, all but each layer's input, for about a third more arithmetic."""
 
     pack_tokens: int = number(0, "[0, 1000000000]", "0 pads")
-    """Pack rollouts without padding into rows of at most so many tokens, one row in each forward-backward; then
-    `micro_batch_size` is not used. At least the longest prompt + `rollout.max_new_tokens`. 0 pads instead."""
+    """Length of packed rows, tokens: rollouts are concatenated without padding, with one row in each forward-backward,
+    and `micro_batch_size` is not used. At least the longest prompt + `rollout.max_new_tokens`. 0 pads instead."""
 
     lr: float = number(1e-6, "[0, 10]")
     """Peak learning rate."""
 
     warmup_steps: int = number(0, "[0, 1000000000]")
-    """Optimizer steps over which the learning rate rises: the n-th of them has n / warmup_steps of it. Constant after
-    that."""
+    """Optimizer steps over which the learning rate rises linearly: the n-th has n / warmup_steps of it. Then it is
+    constant."""
 
     weight_decay: float = number(0.0, "[0, 1000]")
     """AdamW's weight decay."""
 
     adam_beta1: float = number(0.9, "[0, 1)")
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate of the gradient's mean."""
 
     adam_beta2: float = number(0.95, "[0, 1)")
-    """AdamW's decay of the gradient's second moment."""
+    """AdamW's decay rate of the gradient's second moment."""
 
     adam_eps: float = number(1e-8, "(0, 1]")
-    """AdamW's term that keeps the division by the second moment finite."""
+    """AdamW's epsilon, which is added to the root of the second moment."""
 
     clip_grad: float = number(1.0, "(0, 1000000000]", "a large value does not clip")
     """Largest norm of the whole gradient."""
@@ -199,22 +203,22 @@ class TrainerConfig:
     """Fixes the order of prompts and the sampling of rollouts."""
 
     save_every: int = number(0, "[0, 1000000000]", "0 is off")
-    """Steps between checkpoints; 0 saves at the end alone."""
+    """Steps between checkpoints; 0 saves only at the end."""
 
     eval_every: int = number(0, "[0, 1000000000]", "0 is off")
-    """Steps between evaluations on `data.eval`; 0 evaluates before the first and after the last step alone."""
+    """Steps between evaluations on `data.eval`; 0 evaluates only before the first and after the last step."""
 
     eval_group_size: int = number(1, "[1, 65536]")
     """Rollouts of each evaluation prompt."""
 
     eval_temperature: float | None = number(None, "[0, 100]", "0 takes the likeliest token")
-    """Of the evaluation's rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
+    """Temperature of the evaluation's rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
 
     export: bool = True
     """Write the trained policy as a Hugging Face folder, `run_dir`/export, at the end."""
 
     timeout_minutes: int = number(30, "[1, 100000]")
-    """How long a collective may wait for a rank before the run is given up."""
+    """Time limit of a collective. If a rank does not take part in time the run ends."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer", error=UserError)
@@ -222,25 +226,25 @@ class TrainerConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """How a model is evaluated on `data.eval`."""
+    """Settings of `echorl-nemo evaluate`."""
 
     samples: int = number(8, "[1, 65536]")
     """Rollouts of each problem."""
 
     k: list[int] = number(lambda: [1, 8], "[1, 65536]")  # noqa: RUF009  it makes a field
-    """pass@k is reported for these; each at most `samples`."""
+    """Values of k for which pass@k is reported; each at most `samples`."""
 
     temperature: float | None = number(None, "[0, 100]", "0 takes the likeliest token")
-    """Of the rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
+    """Temperature of the rollouts; 0 takes the likeliest token, null is `rollout.temperature`."""
 
     checkpoint: str | None = None
-    """A checkpoint folder (`run_dir`/checkpoints/step-NNNNNN) of the model at `model.path`; null evaluates that one."""
+    """A checkpoint (`run_dir`/checkpoints/step-NNNNNN) of the model at `model.path`; null evaluates `model.path`."""
 
     micro_batch_size: int = number(1, "[1, 1000000]")
     """Rollouts in one forward of `echorl-nemo analyze`."""
 
     resamples: int = number(2000, "[1, 10000000]")
-    """Draws of the bootstrap over problems."""
+    """Number of draws of the bootstrap over problems."""
 
     seed: int = number(0, "[0, 9007199254740992]")
     """Fixes rollouts and bootstrap."""
@@ -249,10 +253,10 @@ class EvaluationConfig:
     """File of the scores, with the verdicts on each problem."""
 
     top: int = number(0, "[0, 1000000]", "0 shows none")
-    """Wrong responses that are printed, one of each problem; all responses are in a .responses.jsonl beside `out`."""
+    """Number of wrong responses to print, one of each problem. All responses are in a .responses.jsonl beside `out`."""
 
     timeout_minutes: int = number(60, "[1, 100000]")
-    """How long a collective may wait for a rank."""
+    """Time limit of a collective."""
 
     def __post_init__(self) -> None:
         beyond = [k for k in self.k if k > self.samples >= 1]
@@ -262,16 +266,16 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class AnalysisConfig:
-    """Step-entropy profiles, `echorl-nemo analyze`."""
+    """Settings of `echorl-nemo analyze`, which writes step-entropy profiles."""
 
     boundary: Any = "newline"
     """Tokens that end a step, as `echorl.boundary`."""
 
-    step_reduction: str = word("mean", STEP_REDUCTIONS)
-    """How token entropies make a step's entropy: `mean`, `max` or `sum`."""
+    step_reduction: str = choice("mean", STEP_REDUCTIONS)
+    """How the entropies of a step's tokens are combined: `mean`, `max` or `sum`."""
 
     out: str = "analysis"
-    """Files of the profiles: this with .json and .png."""
+    """Path of the profiles without suffix: .json and .png are added."""
 
     def __post_init__(self) -> None:
         problems = boundary_problems(self.boundary, "analysis.boundary")
@@ -280,7 +284,7 @@ class AnalysisConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Everything an evaluation is made of."""
+    """The configuration of `echorl-nemo evaluate` and `echorl-nemo analyze`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -291,8 +295,7 @@ class EvaluateConfig:
 
 
 def changed(config: "RunConfig", keys: Sequence[str]) -> list[tuple[str, Any]]:
-    """Those of the dotted ``keys`` whose values are not the defaults, with the values; of a section, each of its
-    keys."""
+    """The dotted ``keys`` whose values differ from the defaults, with the values. A section stands for all its keys."""
     found: list[tuple[str, Any]] = []
     for key in keys:
         value, default = (attrgetter(key)(each) for each in (config, RunConfig()))
@@ -305,11 +308,11 @@ def changed(config: "RunConfig", keys: Sequence[str]) -> list[tuple[str, Any]]:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run is made of; one Hydra group of `conf/` for each section."""
+    """The configuration of a training run. Each section is a Hydra group in `conf/`."""
 
-    engine: str = word("megatron", ENGINES)
-    """Who trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts with launchers of their own that
-    `echorl-nemo plan --launch` writes the command for."""
+    engine: str = choice("megatron", ENGINES)
+    """The engine that trains: `megatron`, the native engine; `nemo_aligner` or `nemo_rl`, hosts that are started with
+    the command that `echorl-nemo plan --launch` writes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)

@@ -30,9 +30,9 @@ from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
-from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.report.logger import read_lines
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 
@@ -84,7 +84,7 @@ def main() -> None:
         for arm in args.arms
         if (regime, arm, seed) not in done
     ]
-    quiet_libraries()
+    silence_library_warnings()
     platform = detect_platform("cpu")
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before runs are forked
 
@@ -156,10 +156,10 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, platform: Platform, golden: Path) -> dict[str, Any]:
-    from echorl_nemo.engines.megatron.worker import build_trainer, form_groups
+    from echorl_nemo.engines.megatron.worker import build_trainer, initialize_parallel
 
-    watch = Watch(None, 0, limit_seconds=0)
-    trainer = build_trainer(config, check(config), platform, form_groups(config, platform), watch)
+    watchdog = Watchdog(None, 0, limit_seconds=0)
+    trainer = build_trainer(config, check(config), platform, initialize_parallel(config, platform), watchdog)
     solutions, mask = chain_batch(trainer, golden)
 
     def measure() -> dict[str, float]:

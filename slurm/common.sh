@@ -127,11 +127,11 @@ stop_without_progress() {
     entry="job ${SLURM_JOB_ID} from ${newest:-none}"
     echo "${entry}" >> "${log}"
     if (($(tail -n "$((MAX_RESTARTS_WITHOUT_PROGRESS + 1))" "${log}" | grep -cFx -- "${entry}") > MAX_RESTARTS_WITHOUT_PROGRESS)); then
-        fail "${MAX_RESTARTS_WITHOUT_PROGRESS} restarts from the same checkpoint (${newest:-none}): not put back again; see the log above, and submit anew once the cause is mended"
+        fail "${MAX_RESTARTS_WITHOUT_PROGRESS} restarts from the same checkpoint (${newest:-none}): not put back again; see the log above, and submit again once the cause is removed"
     fi
 }
 
-# One task on each node: what is wrong with a node is told with its name.
+# One task on each node: what is wrong with a node is printed with its name.
 check_nodes() {
     # shellcheck disable=SC2086  # options are words
     srun ${SRUN_OPTIONS} --ntasks-per-node=1 --kill-on-bad-exit=0 bash "${ECHORL_HOME}/slurm/check_node.sh" \
@@ -209,7 +209,7 @@ start_ranks() {
     say "the run is done"
 }
 
-# put_back REASON: into the queue, unless Slurm has done so, or somebody wants the job to end.
+# put_back REASON: into the queue, unless Slurm has done so, or a user wants the job to end.
 put_back() {
     local state
     state=$(job_entry JobState)
@@ -217,7 +217,7 @@ put_back() {
         say "$1: put back in the queue"
         scontrol requeue "${SLURM_JOB_ID}"
     else
-        say "$1: the job is ${state}, and stays what Slurm was told, put back or cancelled"
+        say "$1: the job is ${state}, and keeps the state that Slurm gave it, put back or cancelled"
     fi
     exit 0
 }

@@ -53,7 +53,7 @@ def test_a_run_from_start_to_report(in_repository: Path, tmp_path: Path) -> None
     assert again.keys() == exported.keys() and all(torch.equal(again[name], exported[name]) for name in again)
     assert "holds files already" in cli("export", str(checkpoint), "--out", str(run), cwd=in_repository).stderr
     wrong = cli("export", str(run), "--out", str(tmp_path / "x"), cwd=in_repository).stderr
-    assert "is no complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN" in wrong
+    assert "is not a complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN" in wrong
     assert "EchoRL run" in (run / "report.html").read_text()
     second = cli("train", "--config-name", "quickstart", f"trainer.run_dir={run}", cwd=in_repository)
     assert second.returncode == 1
@@ -88,7 +88,7 @@ def test_errors_are_one_line_each(in_repository: Path, capsys: pytest.CaptureFix
 
 def test_the_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
-    assert "no metrics; is" in capsys.readouterr().err
+    assert "it has no metrics; name the folder of a run" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 0.5}) + "\n")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").is_file()
@@ -139,12 +139,12 @@ def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest
         (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] is above evaluation.samples=2"),
         (
             ["data.eval=nowhere.jsonl", "evaluation.checkpoint=/nowhere"],
-            "evaluation.checkpoint=/nowhere is no complete checkpoint",
+            "evaluation.checkpoint=/nowhere is not a complete checkpoint",
         ),
         (["evaluation.sample=2"], "did you mean evaluation.samples?"),
         ([f"evaluation.out={tiny_chain}"], f"evaluation.out={tiny_chain}: a folder of that name is there; name a file"),
         (["evaluation.out=/proc/x.json"], "evaluation.out=/proc/x.json: it cannot be written"),
-        ([f"evaluation.out={__file__}/x.json"], "is no folder; name another file"),
+        ([f"evaluation.out={__file__}/x.json"], "is not a folder; name another file"),
     ):
         assert main(["evaluate", model, *overrides]) == 1
         assert message in capsys.readouterr().err

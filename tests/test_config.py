@@ -100,14 +100,17 @@ def test_the_papers_settings() -> None:
         ("algo=dappo", r"algo=dappo: no such choice; did you mean dapo\? There are cispo, dapo, dr_grpo"),
         ("+trainer.steps=3", r"\+trainer.steps=3: the key is there already; leave out the \+"),
         ("~trainer.steps", "~trainer.steps: a key is not deleted"),
-        ("trainer.steps=1,2", "trainer.steps=1,2: several values; a run has one of each key"),
+        ("trainer.steps=1,2", "trainer.steps=1,2: several values for one key; start one run for each"),
         ("quickstart", "quickstart: an argument is key=value; to choose a configuration use --config-name quickstart"),
         ("echorl.coef 0.3", "echorl.coef 0.3: an argument is key=value; use echorl.coef=0.3"),
         ("trainer.steps=null", "trainer.steps=null: null is not allowed; give a value"),
         ("model.path=${oops}", "config quickstart: model.path: Interpolation key 'oops' not found"),
         ("data.extra_rewards=[{name: a}]", r"data.extra_rewards\[0\].weight must be given"),
         ("echorl.coef=much", "echorl.coef=much: 'much' is not a number"),
-        ("echorl.coef=-1", r"echorl.coef=-1.0 must lie in \[0, 1000000\]; it weighs a loss that is minimised"),
+        (
+            "echorl.coef=-1",
+            r"echorl.coef=-1.0 must lie in \[0, 1000000\]; it is the weight of a loss that is minimised",
+        ),
         ("echorl.scope=everything", "echorl.scope='everything' is not known; use one of success, degenerate"),
         ("parallel.tensor=-1", r"parallel.tensor=-1 must lie in \[0, 65536\]"),
         (
@@ -227,5 +230,5 @@ def test_entries_of_a_free_dictionary_are_added_one_by_one() -> None:
     )
     assert config.rollout.trtllm.extra == {"dtype": "bfloat16", "max_beam_width": 1}
     for override in ("rollout.trtllm.extra={dtype: bfloat16}", "rollout.trtllm.extra.dtype=bfloat16"):
-        with pytest.raises(UserError, match=r"are added one by one, \+rollout.trtllm.extra.key=value"):
+        with pytest.raises(UserError, match=r"is a dictionary; add its entries: \+rollout.trtllm.extra.key=value"):
             load("train", [*REQUIRED, override])

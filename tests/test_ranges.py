@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echorl_nemo.config import load_config
-from echorl_nemo.config_reference import reference
+from echorl_nemo.config_reference import page
 from echorl_nemo.errors import UserError
 from echorl_nemo.ops.ranges import INTERVAL, Interval, check_fields, number
 from echorl_nemo.schema import EvaluateConfig, RunConfig
@@ -131,5 +131,5 @@ def test_every_problem_of_a_section_is_named() -> None:
 
 
 def test_the_documentation_of_keys_is_that_of_the_schema() -> None:
-    page = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
-    assert page.read_text() == reference(), "make it anew: python -m echorl_nemo.config_reference"
+    path = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+    assert path.read_text() == page(), "make it again: python -m echorl_nemo.config_reference"

@@ -40,13 +40,14 @@ REPORT = {name: NATIVE[name] for name in ("jinja2", "matplotlib", "torch")}
 def is_installed(module: str) -> bool:
     """Whether ``module``, a dotted name, can be imported. Nothing is imported to find out."""
     path: Sequence[str] | None = None
+    spec: ModuleSpec | None = None
     parts = module.split(".")
     for count in range(1, len(parts) + 1):
         spec = _find_spec(".".join(parts[:count]), path)
         if spec is None:
             return False
         path = spec.submodule_search_locations
-    return spec.origin is not None  # a namespace without code, or an empty stand-in, has no file
+    return spec is not None and spec.origin is not None  # a namespace without code, or an empty stand-in, has no file
 
 
 def _find_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:

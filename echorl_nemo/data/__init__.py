@@ -1,1 +1,1 @@
-"""What is asked: prompts with reference answers, and the tokenizer."""
+"""Prompts with reference answers, and the tokenizer."""

@@ -1,4 +1,4 @@
-"""What is asked, and how answers are verified."""
+"""Configuration of the data: prompts, reference answers, and how responses are verified."""
 
 from dataclasses import dataclass, field
 
@@ -10,13 +10,13 @@ from echorl_nemo.ops.ranges import check_fields, number
 
 @dataclass(kw_only=True)
 class ExtraReward:
-    """A verifier that shapes the reward."""
+    """A further verifier whose weighted value is added to the reward."""
 
     name: str = MISSING
-    """As in `data.reward`."""
+    """The verifier, named as in `data.reward`."""
 
     weight: float = number(MISSING, "[-1000, 1000]")
-    """Of its value in the shaped reward."""
+    """Factor of the verifier's value in the shaped reward."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.extra_rewards", error=UserError)
@@ -24,16 +24,17 @@ class ExtraReward:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What is asked, and how answers are verified."""
+    """Prompts, reference answers, and how responses are verified."""
 
     train: str = MISSING
-    """A .jsonl or .parquet file, a folder that `datasets` saved, or the id of a hub dataset."""
+    """Training prompts: a .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` saved, or a hub dataset's
+    id."""
 
     train_split: str = "train"
     """Split of `train`, where it is a dataset."""
 
     eval: str | None = None
-    """Held-out prompts, a source like `train`; null: no evaluation."""
+    """Held-out prompts for evaluation, a source like `train`; null evaluates nothing."""
 
     eval_split: str = "test"
     """Split of `eval`, where it is a dataset."""
@@ -52,38 +53,38 @@ class DataConfig:
 
     prompt_template: str | None = None
     """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`. `row` is
-    the whole row, for columns whose names are no words."""
+    the whole row, for columns whose names are not words."""
 
     answer_template: str | None = None
     """Jinja template of the reference answer, in place of `answer_key`: `{{ answer.split('####')[-1].strip() }}`. The
-    filter `last_boxed` gives what stands in a text's last \\boxed{}."""
+    filter `last_boxed` gives the content of a text's last \\boxed{}."""
 
     chat_template: bool | None = None
-    """Wrap a prompt in the model's chat template; lists of messages are always wrapped. Null: where
-    `model.chat_template` names one."""
+    """Wrap a prompt in the model's chat template; lists of messages are always wrapped. Null wraps if
+    `model.chat_template` names a template."""
 
     system_prompt: str | None = None
-    """System message put before a prompt, with a chat template."""
+    """System message put before a prompt. It needs a chat template."""
 
     max_prompt_tokens: int = number(1024, "[1, 10000000]")
-    """Longest prompt."""
+    """Most tokens that a prompt may have."""
 
     drop_long_prompts: bool = False
-    """Leave out prompts that are longer. False stops the run before it starts."""
+    """Leave out prompts longer than `max_prompt_tokens`. False refuses the run before it starts."""
 
     reward: str = "math"
     """Verifier that decides success: `math` (math-verify), `exact_line` (the final `A:` line), `choice` (the letter of
-    a multiple choice), or a function of one's own, `package.module:name`, of (response, answer)."""
+    a multiple choice), or your own function, `package.module:name`, of (response, answer)."""
 
     extra_rewards: list[ExtraReward] = field(default_factory=list)
     """Further verifiers with their weights, `[{name: "my.module:style", weight: 0.1}]`: added to the reward that
     advantages are estimated from, after success is decided."""
 
     reward_timeout: float = number(10.0, "(0, 86400]")
-    """Seconds that a verifier may take for a response; then the reward is 0, and counted."""
+    """Seconds that a verifier may take for a response. After that the reward is 0 and the failure is counted."""
 
     reward_workers: int = number(2, "[1, 1024]")
-    """Processes of each rank that verify; `exact_line` needs none."""
+    """Processes of each rank that verify. `exact_line` and `choice` need none."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data", error=UserError)

@@ -1,4 +1,4 @@
-"""Prompts with reference answers, from a data source."""
+"""Prompts with reference answers, read from a data source and encoded."""
 
 import hashlib
 import json
@@ -20,26 +20,26 @@ from echorl_nemo.rewards import find_verifier, reference_problem, takes_row
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, ready to be generated from."""
+    """One prompt with its tokens, ready for generation."""
 
     tokens: tuple[int, ...]
     text: str
     answer: str
     group_id: int
-    """Unique in the run for each time that the prompt is asked."""
+    """Number of the rollout group. Each use of the prompt in a run has its own."""
     row: Mapping[str, Any] | None = None
-    """The data's row, where a verifier takes it."""
+    """The row of the data, if a verifier of the run takes it."""
 
 
 class PromptData:
-    """The prompts of a source, in the order of a seeded shuffle that depends on their position alone."""
+    """The prompts of a data source. Training reads them through `sequence`, in seeded random order."""
 
     def __init__(
         self, source: str, config: DataConfig, tokenizer: Tokenizer, *, field: str, split: str = "train"
     ) -> None:
-        """``field`` names the config key of ``source`` in errors.
+        """``field``: the configuration key of ``source``, for error messages.
 
-        Raises UserError with what is wrong with the file, or with its first bad rows.
+        Raises UserError if the source cannot be read, or with the first bad rows.
         """
         self._tokens: list[tuple[int, ...]] = []
         self._texts: list[str] = []
@@ -77,7 +77,7 @@ class PromptData:
             solutions.append(row.get(config.solution_key))
         raise_bad_rows(problems)
         self.solutions: list[str] = solutions if all(isinstance(s, str) and s for s in solutions) else []
-        """A golden solution of each prompt, or none at all."""
+        """A golden solution for each prompt; empty if any prompt has none."""
         if not self._tokens:
             raise UserError(f"{field}={source} holds no prompt ({dropped} were longer than data.max_prompt_tokens)")
         if dropped:
@@ -86,8 +86,8 @@ class PromptData:
                 field, source, dropped, dropped + len(self), config.max_prompt_tokens,
             )  # fmt: skip
         self.fingerprint = f"{len(self)} prompts {digest.hexdigest()[:16]}"
-        """Number of prompts, and a hash of their rows in their order. Not of the rendered prompts: a chat template may
-        print the date."""
+        """Number of prompts and a hash of their rows, in order. The rendered prompts are not hashed, since a chat
+        template may print the date."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -111,8 +111,8 @@ class PromptData:
         return [self._prompt(index, group_id=index) for index in range(len(self))]
 
     def sequence(self, start: int, count: int, *, seed: int) -> list[Prompt]:
-        """``count`` prompts from position ``start`` of an endless sequence of shuffled epochs, so that a resumed run
-        needs no state but its position."""
+        """``count`` prompts from position ``start`` of an endless sequence of shuffled epochs. A resumed run needs only
+        the position to continue."""
         prompts, orders = [], {}
         for position in range(start, start + count):
             epoch, offset = divmod(position, len(self))
@@ -131,12 +131,12 @@ class PromptData:
 
 
 def verifier_names(config: DataConfig) -> list[str]:
-    """The verifier that decides success, then those that shape the reward."""
+    """Names of the verifiers: the one that decides success first, then those that shape the reward."""
     return [config.reward, *(extra.name for extra in config.extra_rewards)]
 
 
 class _RowReader:
-    """Prompt and answer of a row, as the configuration says."""
+    """Reads prompt and reference answer from a row, by the keys and templates of the configuration."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -157,7 +157,7 @@ class _RowReader:
             prompt, key = render(self._prompt, row, where, "data.prompt_template"), "data.prompt_template"
         if isinstance(prompt, (str, list)) and not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise UserError(f"{where}: {key} is empty; drop the line")
-        wrap = self.tokenizer.wraps_prompts if config.chat_template is None else config.chat_template
+        wrap = self.tokenizer.uses_chat_template if config.chat_template is None else config.chat_template
         if isinstance(prompt, str) and not wrap:
             if config.system_prompt is not None:
                 raise UserError(
@@ -169,7 +169,7 @@ class _RowReader:
         messages = self._messages(prompt, row, where)
         if messages[-1]["role"] == "assistant":
             raise UserError(
-                f"{where}: {key}: the last message is the assistant's, who is to answer; leave it out of the prompt"
+                f"{where}: {key}: the last message is the assistant's; leave it out, the model generates that message"
             )
         try:
             text = self.tokenizer.render_chat(messages)
@@ -177,7 +177,7 @@ class _RowReader:
             raise UserError(f"{where}: {error}") from error
         check_text(text, where, key)
         if not text.strip():
-            raise UserError(f"{where}: {key}: the chat template makes nothing of it; see model.chat_template")
+            raise UserError(f"{where}: {key}: the chat template renders it as an empty text; see model.chat_template")
         return text, tuple(self.tokenizer.encode(text, rendered=True))
 
     def answer(self, row: dict[str, Any], where: str) -> str:
@@ -186,7 +186,7 @@ class _RowReader:
         if self._answer is not None:
             answer, key = render(self._answer, row, where, "data.answer_template"), "data.answer_template"
         if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not math.isfinite(answer)):
-            raise UserError(f"{where}: {key}={answer!r} is no text or number; see data.answer_key")
+            raise UserError(f"{where}: {key}={answer!r} is not a text or a number; see data.answer_key")
         text = str(answer)
         if not text.strip():
             raise UserError(f"{where}: {key}={text!r} is empty: no response could match it; drop the line")
@@ -197,7 +197,7 @@ class _RowReader:
         return text
 
     def _messages(self, prompt: Any, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-        """The messages of a prompt, each with its text in one piece."""
+        """The chat messages of a prompt, each with its content as one text."""
         config = self.config
         if isinstance(prompt, str):
             messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
@@ -205,7 +205,7 @@ class _RowReader:
             messages = [{**message, "content": _content(message, where, config.prompt_key)} for message in prompt]
         else:
             raise UserError(
-                f"{where}: {config.prompt_key}={prompt!r} is no text and no list of chat messages; the row has "
+                f"{where}: {config.prompt_key}={prompt!r} is neither a text nor a list of chat messages; the row has "
                 f"{', '.join(map(str, row))}: see data.prompt_key"
             )
         if config.system_prompt is not None:
@@ -214,7 +214,7 @@ class _RowReader:
 
 
 def _content(message: Mapping[str, Any], where: str, key: str) -> str:
-    """A message's text; of a list of parts, the texts joined. Raises UserError for any other content."""
+    """The text of a message; for a list of parts, their texts joined. Raises UserError for any other content."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
@@ -227,7 +227,7 @@ def _content(message: Mapping[str, Any], where: str, key: str) -> str:
 
 
 def check_text(text: str, where: str, key: str) -> None:
-    """Raises UserError for half of a surrogate pair, which no tokenizer and no file takes."""
+    """Raises UserError if ``text`` holds half of a surrogate pair, which no tokenizer and no UTF-8 file accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Rows of a data source: JSONL, CSV, parquet, a saved dataset's folder, or a hub dataset."""
+"""Reads the rows of a data source: JSONL, CSV, parquet, a folder that `datasets` saved, or a hub dataset."""
 
 import csv
 import json
@@ -11,35 +11,35 @@ from echorl_nemo.errors import UserError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TABLES = {".csv": ",", ".tsv": "\t"}
-"""Separator of a table, by suffix; its values are texts as they stand there."""
+"""Separator of a table, by file suffix. The values of a table are read as text."""
 FILE_SUFFIXES = {".jsonl", ".json", ".parquet", *TABLES}
 
 Rows = Iterator[tuple[str, dict[str, Any] | UserError]]
-"""("where:row", row), or what is wrong with the row; rows count from 1."""
+"""Pairs ("source:row number", row), where a UserError stands in place of a bad row. Rows count from 1."""
 
 
 SHOWN_ROWS = 20
-"""Bad rows that are named; of the others the number is."""
+"""Number of bad rows that an error lists; the others are only counted."""
 
 
 def raise_bad_rows(problems: Sequence[str]) -> None:
-    """Raises UserError with the first `SHOWN_ROWS` of ``problems``, each of a row, if there are any."""
+    """Raises UserError with the first `SHOWN_ROWS` of ``problems``, one for each bad row, if there are any."""
     if problems:
         further = [f"and {len(problems) - SHOWN_ROWS} further rows"] if len(problems) > SHOWN_ROWS else []
         raise UserError("\n".join([*problems[:SHOWN_ROWS], *further]))
 
 
 def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Rows:
-    """The rows of ``source``: a .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` saved, or the id of a hub
-    dataset, of which ``subset`` and ``split`` are taken.
+    """Iterate over the rows of ``source``: a .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` saved, or
+    the ``split`` and ``subset`` of a hub dataset.
 
-    ``field`` names the config key in errors. Raises UserError for what cannot be read at all.
+    ``field``: the configuration key, for error messages. Raises UserError if the source cannot be read at all.
     """
     path = Path(source)
     if path.suffix in FILE_SUFFIXES and not path.is_file():
-        raise UserError(f"{field}={source}: no such file")
+        raise UserError(f"{field}={source}: there is no such file; correct the path")
     if not source.strip():
-        raise UserError(f"{field}={source!r} is empty; name a file, a folder or a hub dataset")
+        raise UserError(f"{field}={source!r} is empty; name a file, a folder, or a hub dataset")
     if path.suffix in (".jsonl", ".json"):
         return read_jsonl(path)
     if path.suffix in TABLES:
@@ -48,7 +48,7 @@ def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Row
 
 
 def read_jsonl(path: Path) -> Rows:
-    """The objects of a JSONL file, blank lines left out; a UserError in place of a line that holds none."""
+    """Iterate over the objects of a JSONL file without its blank lines; a UserError stands in place of a bad line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -59,17 +59,20 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def read_table(path: Path, separator: str) -> Rows:
-    """The rows of a table with a header; a UserError in place of one with more or fewer values than that."""
+    """Iterate over the rows of a table with a header; a UserError stands in place of a row of another width."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, delimiter=separator, strict=True), 1):
                 where = f"{path}:{number}"
                 if None in row or None in row.values():
-                    yield where, UserError(f"{where}: the row has not as many values as the header; correct it")
+                    yield (
+                        where,
+                        UserError(f"{where}: the row and the header have different numbers of values; correct it"),
+                    )
                 else:
                     yield where, dict(row)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no table in UTF-8 ({error}); correct it") from error
+        raise UserError(f"{path}: not a table in UTF-8 ({error}); correct it") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -77,7 +80,7 @@ def read_table(path: Path, separator: str) -> Rows:
 def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
     try:
         row = json.loads(line.decode("utf-8-sig" if where.endswith(":1") else "utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or a number with thousands of digits
         return UserError(f"{where}: not JSON in UTF-8 ({error}); each line must be one JSON object")
     if not isinstance(row, dict):
         return UserError(f'{where}: a JSON {type(row).__name__}, not an object like {{"prompt": ...}}')
@@ -97,7 +100,7 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str, field
         elif path.is_dir() or HUB_ID.fullmatch(source):
             data = datasets.load_dataset(source, subset, split=split)
         else:
-            raise UserError(f"{field}={source}: no such file, folder or hub dataset")
+            raise UserError(f"{field}={source}: there is no such file, folder or hub dataset; correct the name")
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UserError):
             raise

@@ -11,7 +11,7 @@ from echorl_nemo.rewards.boxed import last_box
 
 
 def compile_template(text: str | None, field: str) -> jinja2.Template | None:
-    """The template of the config key ``field``. Raises UserError for what is none."""
+    """Compile the template that the configuration key ``field`` holds. Raises UserError if it is not a template."""
     if text is None:
         return None
     environment = SandboxedEnvironment(
@@ -21,12 +21,12 @@ def compile_template(text: str | None, field: str) -> jinja2.Template | None:
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:
-        raise UserError(f"{field}: no Jinja template: {error}") from error
+        raise UserError(f"{field}: not a Jinja template: {error}") from error
 
 
 def render(template: jinja2.Template, row: dict[str, Any], where: str, field: str) -> str:
-    """The template's text for a row at ``where``. Raises UserError if the row lacks a column, or what the template
-    shows is no text or number."""
+    """Render the template with the columns of the row at ``where``. Raises UserError if the row lacks a column, or a
+    rendered value is not a text or a number."""
     try:
         return template.render({"row": row, **row})
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -34,10 +34,10 @@ def render(template: jinja2.Template, row: dict[str, Any], where: str, field: st
 
 
 def last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{} of ``text``, with the braces in it. Raises ValueError if there is none,
-    TypeError for what is no text."""
+    r"""The content of the last \boxed{} in ``text``, its inner braces included. Raises ValueError if there is none,
+    TypeError if ``text`` is not a text."""
     if not isinstance(text, str):
-        raise TypeError(f"last_boxed of {text!r}, which is no text")
+        raise TypeError(f"last_boxed of {text!r}, which is not a text")
     box = last_box(text)
     if box is None:
         raise ValueError(r"no \boxed{} that closes in the text")
@@ -45,9 +45,10 @@ def last_boxed(text: str) -> str:
 
 
 def _text_or_number(value: Any) -> Any:
-    """What a template shows of a value: null would become the text None, a list or a method its Python notation."""
+    """``value``, if a template may print it. Raises TypeError for others: null would be printed as None, and a list or
+    a method in Python's notation."""
     if not isinstance(value, (str, int, float, jinja2.Undefined)) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
-        raise TypeError(f"{value!r} is no text or number")
+        raise TypeError(f"{value!r} is not a text or a number")
     return value

@@ -1,4 +1,4 @@
-"""The tokenizer, as the rest of the package needs it."""
+"""The tokenizer of the policy: encoding, decoding, stop tokens, chat template, and its comparison with its files."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ PROBES = (
     "The quick brown fox jumps over the lazy dog.", "9a+4b+2\n", "A:3\n", " two  spaces\tand a tab", "x = [1, 2]; y",
     "\\boxed{\\frac{1}{2}}\n\n", "0123456789", "ÄÖü ß é ñ", "日本語のテキスト", "🙂", "don't I'll", "UPPER lower MiXed",
 )  # fmt: skip
-"""Texts on which the loaded tokenizer must agree with tokenizer.json."""
+"""Texts that the loaded tokenizer must split exactly as tokenizer.json does."""
 
 
 class Tokenizer:
@@ -31,61 +31,68 @@ class Tokenizer:
         keep_special_tokens: bool = False,
         verify: bool = True,
     ) -> None:
-        """``chat_template``, ``stop_tokens`` and ``keep_special_tokens`` as in `model`; ``verify``: compare the loaded
-        tokenizer with tokenizer.json.
+        """``chat_template``, ``stop_tokens`` and ``keep_special_tokens`` are the keys of `model`. ``verify``: whether
+        to compare the loaded tokenizer with tokenizer.json.
 
-        Raises UserError if ``path`` holds no tokenizer, one that differs from its tokenizer.json, or one without an
-        end-of-sequence token or a stop token.
+        Raises UserError if ``path`` holds no tokenizer, or one that differs from its tokenizer.json, has no
+        end-of-sequence token, or lacks one of ``stop_tokens``.
         """
         self.hf: PreTrainedTokenizerBase = _load(path, trust_remote_code)
         if self.hf.eos_token_id is None:
-            raise UserError(f"model.path={path}: the tokenizer has no eos_token; rollouts could not end")
+            raise UserError(
+                f"model.path={path}: the tokenizer has no eos_token, so that rollouts could not end; name one in "
+                "tokenizer_config.json"
+            )
         if verify:
             _compare_with_file(path, self.hf)
         self._path, self._keep_special_tokens = path, keep_special_tokens
         self.stop_ids = tuple(sorted({*_stop_ids(path, self.hf), *_token_ids(path, self.hf, stop_tokens)}))
-        self.wraps_prompts = chat_template != "none"
-        """Whether prompts are wrapped in the chat template unless a data set says otherwise."""
+        self.uses_chat_template = chat_template != "none"
+        """Whether prompts are wrapped in the chat template by default; `data.chat_template` overrides it."""
         if chat_template not in ("none", "tokenizer"):
             self.hf.chat_template = chat_template
         self.pad_id: int = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.hf.eos_token_id
         self._lead = _leading_ids(path, self.hf)
         self._stops_at_turn_ends = False
-        if self.wraps_prompts:
+        if self.uses_chat_template:
             self._stop_at_turn_ends()
 
     def __len__(self) -> int:
-        """Entries of the vocabulary, up to the largest id; ids beyond it have no text."""
+        """Size of the vocabulary, which is the largest id plus 1."""
         return max(self.hf.get_vocab().values()) + 1
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Text of each sequence of ids; as the vocabulary's text for `echo.boundary_ids`."""
+        """Text of each sequence of ids. `echo.boundary_ids` reads the text of the vocabulary through it."""
         return self.hf.batch_decode(sequences, **kwargs)
 
     def encode(self, text: str, *, rendered: bool = False) -> list[int]:
-        """Ids of a prompt. A plain one gets the tokenizer's own leading special tokens, a beginning of sequence where
-        the model has one, unless its text begins with them; never a closing one, which would end the prompt. A
-        ``rendered`` chat template has its special tokens in its text."""
+        """Token ids of a prompt.
+
+        A plain text gets the special tokens that the tokenizer puts first (such as a beginning of sequence) unless it
+        begins with them already. Closing special tokens are never added: they would end the prompt. A text that the
+        chat template ``rendered`` holds its special tokens itself.
+        """
         ids = list(self.hf.encode(text, add_special_tokens=False))
         return ids if rendered or ids[: len(self._lead)] == self._lead else [*self._lead, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens; with `model.keep_special_tokens` without the stop token alone."""
+        """Text of a response without its special tokens. With `model.keep_special_tokens` only a stop token at the end
+        is left out."""
         if self._keep_special_tokens:
             end = len(ids) - (len(ids) > 0 and ids[-1] in self.stop_ids)
-            return self.text(list(ids)[:end])
+            return self.decode_with_special_tokens(list(ids)[:end])
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included."""
+    def decode_with_special_tokens(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
         return self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself, special tokens included, for people to read."""
+        """Text of each token separately, special tokens included, for people to read."""
         return self.hf.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The messages in the model's chat template, open for the assistant's turn."""
+        """The messages in the model's chat template, ending where the assistant's message begins."""
         self._stop_at_turn_ends()
         return self._render(messages, open_turn=True)
 
@@ -101,8 +108,8 @@ class Tokenizer:
             raise UserError(f"model.chat_template: {error}") from error
 
     def _stop_at_turn_ends(self) -> None:
-        """Add the special token with which the chat template closes an assistant's turn to the stop tokens, with a
-        warning: a policy that has learnt the template ends its turns with it."""
+        """Add the special token that closes an assistant's turn in the chat template to the stop tokens, with a
+        warning: a policy that has learnt the template ends its responses with that token."""
         if self._stops_at_turn_ends:
             return
         self._stops_at_turn_ends = True
@@ -110,21 +117,21 @@ class Tokenizer:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         if asked not in self._render(turns[:1], open_turn=True):
             raise UserError(
-                "model.chat_template: it does not show the user's message, so that every prompt would be the same; use "
+                "model.chat_template: it leaves the user's message out, so that every prompt would be the same; use "
                 "the text of another template"
             )
         _, found, closed = self._render(turns, open_turn=False).rpartition(answer)
         following = self.encode(closed, rendered=True)[:1]
         if not found or not following or following[0] in (*self.stop_ids, self.hf.unk_token_id):
             return
-        say = logging.getLogger(__name__).warning
+        warn = logging.getLogger(__name__).warning
         (token,) = self.pieces(following)
         if following[0] in self.hf.all_special_ids or following[0] in getattr(self.hf, "added_tokens_decoder", {}):
             self.stop_ids = tuple(sorted({*self.stop_ids, following[0]}))
-            say("model.path=%s: the chat template closes a turn with %r, now a stop token too", self._path, token)
+            warn("model.path=%s: the chat template closes a turn with %r, now a stop token too", self._path, token)
         else:
-            say(
-                "model.path=%s: the chat template closes a turn with %r, which is no special token; responses may not "
+            warn(
+                "model.path=%s: the chat template closes a turn with %r, which is not a special token; responses may not "
                 "end there: name what ends them in model.stop_tokens", self._path, token,
             )  # fmt: skip
 
@@ -141,8 +148,8 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
 
 
 def _compare_with_file(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if the tokenizer splits a probe otherwise than tokenizer.json says: transformers chooses the
-    class by names in other files, and a wrong one trains on wrong tokens without a word."""
+    """Raises UserError if the tokenizer and tokenizer.json split a probe differently. transformers chooses the
+    tokenizer's class by names in other files; a wrong class trains on wrong tokens without an error."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         return
@@ -153,8 +160,8 @@ def _compare_with_file(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         token = getattr(tokenizer, name)
         if token is not None and (not token or token not in reference.get_vocab(with_added_tokens=True)):
             raise UserError(
-                f"model.path={path}: its {name} {token!r} is none of tokenizer.json's tokens, so that the model has "
-                f"learnt nothing of it; correct {name} in tokenizer_config.json and special_tokens_map.json"
+                f"model.path={path}: its {name} {token!r} is not in tokenizer.json, so that the model has not learnt "
+                f"it; correct {name} in tokenizer_config.json and special_tokens_map.json"
             )
     for probe in PROBES:
         loaded = list(tokenizer.encode(probe, add_special_tokens=False))
@@ -168,7 +175,7 @@ def _compare_with_file(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _leading_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text. What it appends is left out, with a warning."""
+    """Ids of the special tokens that the tokenizer puts before a text. Warns about those that it appends."""
     probe = "1"
     plain = list(tokenizer.encode(probe, add_special_tokens=False))
     whole = list(tokenizer.encode(probe, add_special_tokens=True))
@@ -194,8 +201,8 @@ def _token_ids(path: str, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[s
 
 
 def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end of sequence and those of generation_config.json (a chat model often ends its turn with
-    another token than its base model)."""
+    """Ids of the tokenizer's end of sequence and of those in generation_config.json: a chat model often ends its turn
+    with another token than its base model."""
     ids = {int(tokenizer.eos_token_id)}
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
@@ -208,7 +215,7 @@ def _stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     stops = [] if configured is None else configured if isinstance(configured, list) else [configured]
     if strange := [stop for stop in stops if type(stop) is not int or stop < 0]:
         raise UserError(
-            f"model.path={path}: generation_config.json has eos_token_id={configured!r}: {strange[0]!r} is no token "
+            f"model.path={path}: generation_config.json has eos_token_id={configured!r}: {strange[0]!r} is not a token "
             "id; correct it"
         )
     ids.update(stops)

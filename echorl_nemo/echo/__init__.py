@@ -1,6 +1,6 @@
-"""The method: steps, step entropy, EchoClips, clip loss. Imports torch alone; every function is pure.
+"""The method: steps, step entropy, EchoClips, clip loss. Every function is pure; torch is the only dependency.
 
-The functions are imported where they are first used, so that reading a configuration does not import torch.
+The functions are imported at their first use, so that reading a configuration does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

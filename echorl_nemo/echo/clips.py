@@ -1,4 +1,4 @@
-"""EchoClip selection: which tokens of which rollouts are fed back as supervision.
+"""EchoClip selection: chooses the tokens that are fed back as supervision.
 
 Shapes: N rollouts, S positions held by this rank, K steps of the response with the most.
 """
@@ -21,10 +21,10 @@ class ClipSelection:
     """[N, S] bool: the clip tokens."""
 
     peak_step: Tensor
-    """[N] int64: the step of highest entropy, whatever the span; -1 where the rollout has no clip."""
+    """[N] int64: the step with the highest entropy, whatever the span; -1 where the rollout has no clip."""
 
     peak_entropy: Tensor
-    """[N] float32, nats: the entropy of that step; 0 where the rollout has no clip."""
+    """[N] float32, nats: the entropy of the peak step; 0 where the rollout has no clip."""
 
     stats: dict[str, float]
     """`clips`, `clip_tokens`, `clip_share` (clip tokens over the response tokens of rollouts with a clip),
@@ -47,8 +47,8 @@ def select_clips(
 
     ``entropies`` [N, S] nats and ``step_ids`` [N, S] as in `step_entropy`; ``rewards`` [N] before shaping;
     ``finished`` [N] bool, False for a truncated rollout; ``group_ids`` [N], the same for the rollouts of one prompt.
-    All rollouts of a group, and for `shuffled_prefix` all rollouts of the batch, must be here: gather over
-    data-parallel ranks first. ``group``: context-parallel ranks that share a row.
+    The tensors must hold all rollouts of a group, and for `shuffled_prefix` all rollouts of the batch: gather them
+    over data-parallel ranks first. ``group``: context-parallel ranks that share a row.
 
     Raises ValueError if an entropy within a response is not finite.
     """
@@ -95,12 +95,12 @@ def check_finite(entropies: Tensor, step_ids: Tensor) -> None:
         row, column = bad[0].tolist()
         raise ValueError(
             f"entropies[{row}, {column}]={entropies[row, column].item()} is not finite ({len(bad)} such tokens): "
-            "the policy's logits are broken; clips cannot be selected"
+            "the policy's logits are broken, so that clips cannot be selected; look at the weights and trainer.lr"
         )
 
 
 def eligible_rollouts(rewards: Tensor, finished: Tensor, group_ids: Tensor, config: EchoRLConfig) -> Tensor:
-    """[N] bool: finished verified successes; with scope `degenerate` those of all-success groups alone."""
+    """[N] bool: the finished verified successes; with scope `degenerate` only those of all-success groups."""
     success = rewards >= config.success_reward
     if config.scope == "degenerate":
         _, index = group_ids.unique(return_inverse=True)
@@ -111,7 +111,7 @@ def eligible_rollouts(rewards: Tensor, finished: Tensor, group_ids: Tensor, conf
 
 
 def _highest_of_group(peak_entropy: Tensor, eligible: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] bool: the eligible rollout with the group's highest peak, the earliest on ties."""
+    """[N] bool: for each group the eligible rollout with the highest peak, the earliest on ties."""
     _, index = group_ids.unique(return_inverse=True)
     n_groups = int(index.max()) + 1 if len(index) else 0
     height = torch.where(eligible, peak_entropy, -torch.inf)
@@ -131,7 +131,7 @@ def _span(
     eligible: Tensor,
     group_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last step of each clip, both included, and which rollouts can have one, each [N]."""
+    """First and last step of each clip, both inclusive, and whether the rollout can have a clip, each [N]."""
     zero, end = torch.zeros_like(peak), n_steps - 1
     match config.span:
         case "prefix":
@@ -154,7 +154,7 @@ def _span(
 
 
 def _step_at(position: Tensor, n_steps: Tensor) -> Tensor:
-    """The step that holds relative position ``position`` in [0, 1)."""
+    """The step at relative position ``position``, in [0, 1), of each response."""
     return torch.minimum((position * n_steps).long(), (n_steps - 1).clamp(min=0))
 
 
@@ -172,8 +172,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _fingerprint(lengths: Tensor, heights: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] int64 that depends on what a rollout is, not on its row or rank: a scramble of its group, its step lengths
-    and, among the rollouts that share those, its place by the entropy of its highest step."""
+    """[N] int64: a hash of each rollout that does not depend on its row or rank. It is computed from the group, the
+    step lengths and, among rollouts that agree in those, the rank of the peak entropy."""
     steps = torch.arange(1, lengths.shape[1] + 1, device=lengths.device)
     terms = torch.where(lengths > 0, _mix(lengths * 1_000_003 + steps), 0)
     shape = _mix(terms.sum(dim=1) + _mix(group_ids.long()))
@@ -196,8 +196,8 @@ def _uniform(fingerprint: Tensor, seed: int) -> Tensor:
 def _position_of_another(position: Tensor, eligible: Tensor, fingerprint: Tensor) -> tuple[Tensor, Tensor]:
     """Relative peak position of another eligible rollout, [N] float64, and whether there is one, [N] bool.
 
-    Rollouts are put in the order of their fingerprints, which is random, and each takes from the next one: the pairing
-    does not depend on the order of rows.
+    Rollouts are sorted by their fingerprints, which is a random order, and each one uses the position of the next, so
+    that the pairing does not depend on the order of rows.
     """
     rows = eligible.nonzero()[:, 0]
     rows = rows[torch.argsort(fingerprint[rows], stable=True)]

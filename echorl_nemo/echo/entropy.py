@@ -14,8 +14,8 @@ def step_entropy(
     """Entropy of each step, [N, K] float32 in nats; -inf where a rollout has no such step.
 
     ``entropies`` [N, S] in nats and ``step_ids`` [N, S] (from `segment_steps`, -1 outside the response).
-    ``group`` names the context-parallel ranks that share a row; ``step_ids`` then count over the whole row. What
-    travels between them is one [N, K, 2] tensor, never the token tensors.
+    ``group``: the context-parallel ranks that share a row; ``step_ids`` then count over the whole row. The ranks
+    exchange one [N, K, 2] tensor, never the token tensors.
     """
     counts, values = _reduce(entropies, step_ids, reduction, group)
     if reduction == "mean":

@@ -16,10 +16,10 @@ def clip_loss(logprobs: Tensor, clip_mask: Tensor, denominator: float | Tensor) 
 
 
 def clip_denominator(clip_mask: Tensor, response_mask: Tensor, normalizer: str) -> Tensor:
-    """This rank's share of Z, a scalar float64 count: sum it over data- and context-parallel ranks.
+    """This rank's share of Z, a scalar float64 count. The caller sums it over data- and context-parallel ranks.
 
     ``normalizer``: `clip_tokens`, `response_tokens` (of every rollout, with a clip or not) or `clips` (rollouts with
-    a clip; only exact where rows are not split over context-parallel ranks).
+    a clip; exact only if rows are not split over context-parallel ranks).
     """
     match normalizer:
         case "clip_tokens":

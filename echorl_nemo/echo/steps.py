@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class VocabularyText(Protocol):
-    """What is asked of a tokenizer; every Hugging Face tokenizer meets it."""
+    """The two methods of a tokenizer that `boundary_ids` calls; every Hugging Face tokenizer has them."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +32,8 @@ def boundary_ids(tokenizer: VocabularyText, rule: str | Sequence[int] = "newline
         outside = [i for i in ids if not 0 <= i < size]
         if outside or not ids:
             raise ValueError(
-                f"echorl.boundary={list(rule)}: ids {outside} are outside the vocabulary of {size} entries"
+                f"echorl.boundary={list(rule)}: ids {outside} are outside the vocabulary of {size} entries; use "
+                "smaller ids"
             )
         return ids
     if rule != "newline":
@@ -48,7 +49,7 @@ def boundary_ids(tokenizer: VocabularyText, rule: str | Sequence[int] = "newline
 
 
 def segment_steps(tokens: Tensor, response_mask: Tensor, boundary_ids: Sequence[int]) -> Tensor:
-    """The step that each response token belongs to, [N, S] int64, counted from 0; -1 outside the response.
+    """The number of the step that each response token belongs to, [N, S] int64, from 0; -1 outside the response.
 
     A step is a run of response tokens that ends with its boundary tokens. A run of consecutive boundary tokens ends
     one step; what follows the last boundary, EOS included, is the last step.

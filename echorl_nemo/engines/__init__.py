@@ -1,1 +1,1 @@
-"""Where the method meets a host. Engines never import each other."""
+"""The engines that run the method: the native one and two hosts. Engines never import each other."""

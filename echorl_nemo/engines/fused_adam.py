@@ -1,4 +1,4 @@
-"""The stand-in of the engines' cpu modules for the FusedAdam of apex and Transformer Engine."""
+"""AdamW in place of the FusedAdam of apex and Transformer Engine, for machines without a GPU (see the cpu modules)."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch.optim.adamw import adamw
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """torch's AdamW with the interface of Transformer Engine's and Apex's FusedAdam: the step count stands in the
-    parameter group, where Megatron's checkpoints look for it, not beside each parameter."""
+    """torch's AdamW with the interface of Transformer Engine's and apex's FusedAdam: the step count is kept in the
+    parameter group, where Megatron's checkpoints look for it, instead of with each parameter."""
 
     def __init__(
         self,

@@ -10,11 +10,10 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsi
     """The advantage of each rollout, [N] float32.
 
     ``rewards`` [N], ``group_ids`` [N] (the same for the rollouts of one prompt, in any order). `AlgoConfig.estimator`
-    says what each estimator is; standard deviations are unbiased, plus ``epsilon``. Where all the rewards that are
-    compared are equal, the advantages are exactly 0: equality is tested on the rewards, since a mean of equal floats
-    may miss them by rounding.
+    defines each estimator; standard deviations are unbiased, plus ``epsilon``. If all compared rewards are equal the
+    advantages are exactly 0. Equality is tested on the rewards, since a mean of equal floats may differ by rounding.
 
-    Raises ValueError for a group of one rollout, which has no mean to compare with.
+    Raises ValueError for a group of one rollout, which has nothing to compare with.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"algo.estimator={estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
@@ -35,7 +34,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsi
 
 
 def equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] bool: the rollout's group has a single reward value."""
+    """[N] bool: all rewards of the rollout's group are equal."""
     ids, index = group_ids.unique(return_inverse=True)
     empty = torch.zeros(len(ids), dtype=rewards.dtype, device=rewards.device)
     lowest = empty.scatter_reduce(0, index, rewards, "amin", include_self=False)

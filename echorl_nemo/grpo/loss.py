@@ -1,7 +1,7 @@
 """Policy losses over rollouts.
 
-Every denominator is a count over the whole optimizer step (all micro-batches and data-parallel ranks), given by the
-caller. So the losses and metrics of micro-batches ADD UP to those of the step: no mean is ever taken of local means.
+Every denominator is a count over the whole optimizer step (all micro-batches and data-parallel ranks), which the caller
+passes. So the losses and metrics of micro-batches add up to those of the step: no mean is taken of local means.
 
 Shapes: N rollouts of a micro-batch, S positions.
 """
@@ -26,9 +26,9 @@ class StepTotals:
     rollouts: float
     """Rollouts that take part in the loss."""
     tokens: float
-    """Their response tokens."""
+    """Response tokens of those rollouts."""
     response_tokens: float
-    """Response tokens of all rollouts; what the entropy is a mean over."""
+    """Response tokens of all rollouts, over which the entropy is averaged."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class LossOutputs:
 
 
 def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
-    """Surrogate loss, plus `kl_coef` x KL, less `entropy_coef` x entropy; `AlgoConfig` says what each setting is.
+    """The policy loss: surrogate, plus `kl_coef` x KL, minus `entropy_coef` x entropy, as `AlgoConfig` defines them.
 
     Metrics: `policy_loss`; `entropy` (nats), the mean over all response tokens; and means over the response tokens of
-    the rollouts that take part in the loss: `ratio_clipped` (tokens whose ratio the clip changed the loss of), `kl_old`
-    and `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the reference), `mismatch_dropped`
-    (tokens that IcePop took out).
+    the rollouts that take part in the loss: `ratio_clipped` (share of tokens whose loss the clip changed), `kl_old` and
+    `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the reference), `mismatch_dropped` (share of
+    tokens that IcePop removed).
     """
     mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
@@ -110,7 +110,7 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
 
 
 def _surrogate(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each token, [N, S], and where the clip changed it, [N, S] bool."""
+    """Loss of each token, [N, S], and whether the clip changed it, [N, S] bool."""
     advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
     if config.loss == "gspo":
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -125,7 +125,7 @@ def _surrogate(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: 
 
 
 def token_weights(mask: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
-    """What each token counts in the loss, [N, S] float32; 0 outside ``mask``, the tokens that take part."""
+    """The weight of each token in the loss, [N, S] float32; 0 outside ``mask``, the tokens that take part."""
     counts = mask.float()
     match config.aggregation:
         case "rollout_mean":

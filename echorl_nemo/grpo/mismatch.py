@@ -1,4 +1,5 @@
-"""Weights that mend the mismatch of rollout engine and policy: the same weights give other log-probs in another engine.
+"""Token weights that correct the mismatch of rollout engine and policy: the same model gives slightly different
+log-probs in another engine.
 
 Shapes: N rollouts, S positions.
 """
@@ -10,7 +11,7 @@ from echorl_nemo.grpo.config import AlgoConfig
 
 
 def mismatch_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, config: AlgoConfig) -> Tensor:
-    """[N, S] float32, a constant factor of each token's loss.
+    """A factor of each token's loss, [N, S] float32, without a gradient.
 
     Truncated importance sampling: min(pi_old / pi_rollout, `tis_cap`). IcePop: 0 where pi_old / pi_rollout is outside
     [`icepop_low`, `icepop_high`]. 1 where both are off.
@@ -25,5 +26,5 @@ def mismatch_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, config: Alg
 
 
 def needs_mismatch_weights(config: AlgoConfig) -> bool:
-    """Whether `config` uses them at all."""
+    """Whether ``config`` asks for `mismatch_weights`."""
     return any(value is not None for value in (config.tis_cap, config.icepop_low, config.icepop_high))

@@ -1,4 +1,4 @@
-"""Which rollouts a step trains on. All tensors are [N], over the rollouts of a batch."""
+"""Filters that choose the rollouts of a step. All tensors are [N], over the rollouts of a batch."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from echorl_nemo.grpo.config import AlgoConfig
 def counted_rollouts(advantages: Tensor, group_ids: Tensor, finished: Tensor, config: AlgoConfig) -> Tensor:
     """[N] bool: the rollouts that take part in the policy loss and in its denominators.
 
-    With `denominator=live` those of groups in which any advantage is not 0; with `overlong_filter` finished ones.
+    With `denominator=live` only those of groups with an advantage other than 0; with `overlong_filter` only finished
+    ones.
     """
     counted = torch.ones_like(finished)
     if config.denominator == "live":
@@ -19,12 +20,12 @@ def counted_rollouts(advantages: Tensor, group_ids: Tensor, finished: Tensor, co
 
 
 def effective_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[N] bool: the rollout's group has different rewards, so that group advantages teach something."""
+    """[N] bool: the rewards of the rollout's group differ, so that its group advantages are not all 0."""
     return ~equal_rewards(rewards, group_ids)
 
 
 def all_success_groups(rewards: Tensor, group_ids: Tensor, success_reward: float) -> Tensor:
-    """[N] bool: every rollout of the rollout's group is rewarded as a success."""
+    """[N] bool: every rollout of the rollout's group has a reward of at least ``success_reward``."""
     _, index = group_ids.unique(return_inverse=True)
     failures = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=torch.long, device=rewards.device)
     failures.scatter_add_(0, index, (rewards < success_reward).long())
@@ -32,8 +33,9 @@ def all_success_groups(rewards: Tensor, group_ids: Tensor, success_reward: float
 
 
 def overlong_penalty(response_lengths: Tensor, budget: int, config: AlgoConfig) -> Tensor:
-    """What each rollout's reward loses for its length, [N] float32 >= 0 (DAPO, arXiv 2503.14476, equation 13): 0 up to
-    ``budget`` - `overlong_buffer` tokens, then linearly up to `overlong_penalty` at ``budget``."""
+    """The amount to subtract from each rollout's reward for its length, [N] float32 >= 0 (DAPO, arXiv 2503.14476,
+    equation 13): 0 up to ``budget`` - `overlong_buffer` tokens, then linearly up to `overlong_penalty` at
+    ``budget``."""
     if config.overlong_buffer == 0:
         return torch.zeros(response_lengths.shape, device=response_lengths.device)
     excess = (response_lengths - (budget - config.overlong_buffer)).float() / config.overlong_buffer

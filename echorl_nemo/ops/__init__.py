@@ -1,6 +1,6 @@
-"""Tensor operations that the method needs in every host, and the ranges of settings. Imports torch alone.
+"""Tensor operations that the method needs in every host, and the ranges of settings. torch is the only dependency.
 
-The operations are imported where they are first used, so that reading a configuration does not import torch.
+The operations are imported at their first use, so that reading a configuration does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

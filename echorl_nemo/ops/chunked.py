@@ -1,4 +1,4 @@
-"""The op's two passes over the logits in plain torch, chunk by chunk: any device, no copy of the logits.
+"""The two passes of `logprob_and_entropy` over the logits in plain torch, chunk by chunk: any device, no copy of them.
 
 Shapes: T tokens, v vocabulary columns of this tensor-parallel rank. ``local`` [T] int64 are target ids counted from
 this shard's first column; ``scale`` is log2(e) / temperature, so that with y = (x - m) * scale a probability is
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK_BYTES = 1 << 20
-"""Scratch of one chunk of rows, of which there are two, in the compute type: what fits a core's cache."""
+"""Size of one of the two scratch buffers on the CPU, bytes: it fits a core's cache."""
 DEVICE_CHUNK_BYTES = 64 << 20
-"""The same elsewhere, where launches cost more than memory."""
+"""Size of one of the two scratch buffers on other devices, bytes: there, launches cost more than memory."""
 FLOOR = -1.0e4
-"""2^FLOOR is exactly 0, and FLOOR times 0 is: so -inf logits give no NaN."""
+"""Lower bound of the exponent y. 2^FLOOR and FLOOR x 2^FLOOR are exactly 0, so that -inf logits give no NaN."""
 
 
 def partials(logits: Tensor, local: Tensor, scale: float) -> Tensor:
-    """[T, 4], of this shard's columns: the maximum m, sum 2^y, sum 2^y y, the target's logit (-inf if elsewhere).
+    """[T, 4] over this shard's columns: the maximum m, sum 2^y, sum 2^y y, the target's logit (-inf on other shards).
 
     ``logits`` [T, v]; the result is float32, float64 for float64 logits.
     """
@@ -42,7 +42,7 @@ def partials(logits: Tensor, local: Tensor, scale: float) -> Tensor:
 
 
 def weighted_sums(power: Tensor, y: Tensor) -> Tensor:
-    """sum 2^y y of each row, what the entropy costs; overwrites ``y``."""
+    """sum 2^y y of each row, which only the entropy needs. Overwrites ``y``."""
     return y.mul_(power).sum(dim=1)
 
 
@@ -78,7 +78,7 @@ def write_gradient(
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float32, float64 for float64 logits."""
+    """The type to compute in: float32, and float64 for float64 logits."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

@@ -2,10 +2,10 @@
 
 Shapes: T tokens (the leading dimensions flattened), v = V/TP vocabulary columns of this tensor-parallel rank.
 
-Numerics: everything is taken on y = (x - m) log2(e) / temperature, m the row's maximum, in float32. With S = sum 2^y
-and Q = ln 2 sum 2^y y, entropy = log S - Q/S; m and log S are kept apart, and m is taken off before the division,
-since a common offset of the logits would cost the digits otherwise. Kept for backward are the logits and three numbers
-a token; the softmax is computed again.
+Numerics: everything is computed from y = (x - m) log2(e) / temperature, where m is the row's maximum, in float32. With
+S = sum 2^y and Q = ln 2 sum 2^y y, entropy = log S - Q/S. m and log S are kept separately, and m is subtracted before
+the division, since a common offset of the logits would cost digits otherwise. The backward pass keeps the logits and
+three numbers a token, and computes the softmax again.
 """
 
 import math
@@ -35,7 +35,7 @@ def logprob_and_entropy(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution, in nats, of softmax(logits / temperature).
+    """The log-prob of each target and the entropy of each distribution softmax(logits / temperature), in nats.
 
     ``logits`` [..., V/TP] of any float type, this rank's shard of the vocabulary (equal shards, in rank order);
     ``targets`` [...] int64 global ids; ``group`` the tensor-parallel ranks, None for the whole vocabulary. Logits of
@@ -72,8 +72,8 @@ def entropy_and_max_logprob(
 ) -> Tensor:
     """[T, 2] float32 nats: the entropy of softmax(logits / temperature), and the log-prob of its likeliest entry.
 
-    ``logits`` [T, V] over the whole vocabulary, ``vocab_size`` and ``backend`` as in `logprob_and_entropy`; one pass
-    over them, no gradient. What a rollout engine can keep of the logits that it samples from.
+    ``logits`` [T, V] over the whole vocabulary, ``vocab_size`` and ``backend`` as in `logprob_and_entropy`. One pass,
+    no gradient: for a rollout engine, which has the logits that it samples from.
     """
     scale = math.log2(math.e) / temperature
     nowhere = torch.full((len(logits),), -1, dtype=torch.long, device=logits.device)
@@ -129,7 +129,7 @@ class _LogprobEntropy(torch.autograd.Function):
 
 
 def _nothing(logits: Tensor) -> Tensor:
-    """The partials of a shard that is padding from its first column on."""
+    """The partials of a shard that holds only padding."""
     parts = torch.zeros(len(logits), 4, dtype=compute_dtype(logits), device=logits.device)
     parts[:, 0] = parts[:, 3] = -torch.inf
     return parts
@@ -140,7 +140,7 @@ def _merge(parts: Tensor, group: dist.ProcessGroup | None, scale: float) -> tupl
     shards = parts[None]
     if group is not None and (world := dist.get_world_size(group)) > 1:
         gathered = parts.new_empty(world * len(parts), 4)
-        # the second name is what torch called it before 2.13
+        # torch before 2.13 has only the second name
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, parts, group=group)
         shards = gathered.view(world, len(parts), 4)
@@ -156,7 +156,7 @@ def _merge(parts: Tensor, group: dist.ProcessGroup | None, scale: float) -> tupl
 
 
 def _passes(backend: str, device: torch.device) -> Any:
-    """The module with the two passes over the logits that ``backend`` names."""
+    """The module that implements the two passes over the logits for ``backend``."""
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE, "auto")
     if backend not in BACKENDS:

@@ -1,4 +1,4 @@
-"""What a setting may be, declared with its dataclass field: the interval of a number, the words of a choice.
+"""Allowed values of settings, declared with their dataclass fields: the interval of a number, the words of a choice.
 
 Standard library only, so that a configuration can be read and checked before torch is imported.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 INTERVAL = "interval"
-WORDS = "words"
+CHOICES = "words"
 NOTE = "note"
 
 
@@ -20,7 +20,7 @@ class Interval:
     text: str
 
     def __contains__(self, value: object) -> bool:
-        """False for NaN, for the infinities and for whatever is no number."""
+        """Whether ``value`` is a number in the interval. False for NaN, infinities, and what is not a number."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         if isinstance(value, float) and not math.isfinite(value):
@@ -31,15 +31,16 @@ class Interval:
 
     @property
     def bounds(self) -> tuple[float, float]:
+        """Lower and upper bound."""
         low, high = self.text[1:-1].split(",")
         return float(low), float(high)
 
 
 def number(default: Any, interval: str, note: str = "") -> Any:
-    """A dataclass field for a number, a list of numbers, or null where its type allows that.
+    """A dataclass field for a number, a list of numbers, or null if its type allows that.
 
-    ``default``: the value, or a function that makes a list. ``interval``: `[least, most]`, a round bracket where the
-    bound itself is not allowed. ``note``: why, or what to use instead; it ends the error message.
+    ``default``: the value, or a function that creates a list. ``interval``: `[least, most]`, with a round bracket if
+    the bound itself is not allowed. ``note``: the reason, or what to use instead; it ends the error message.
     """
     metadata = {INTERVAL: Interval(interval), NOTE: note}
     return (
@@ -49,20 +50,20 @@ def number(default: Any, interval: str, note: str = "") -> Any:
     )
 
 
-def word(default: str, words: Sequence[str]) -> Any:
+def choice(default: str, words: Sequence[str]) -> Any:
     """A dataclass field for one of ``words``."""
-    return field(default=default, metadata={WORDS: tuple(words)})
+    return field(default=default, metadata={CHOICES: tuple(words)})
 
 
 def field_problems(config: Any, prefix: str) -> list[str]:
-    """What of the dataclass ``config`` is outside its declared range; ``prefix`` is the key of the section."""
+    """Problems of values of the dataclass ``config`` that are not allowed. ``prefix``: the key of the section."""
     return list(_problems(config, prefix))
 
 
 def check_fields(
     config: Any, prefix: str, more: Sequence[str] = (), error: Callable[[str], Exception] = ValueError
 ) -> None:
-    """Raises ``error`` with every problem of ``config``, one a line: `field_problems`, and ``more``."""
+    """Raises ``error`` with every problem of ``config``, one a line: those of `field_problems`, then ``more``."""
     if problems := [*field_problems(config, prefix), *more]:
         raise error("\n".join(problems))
 
@@ -70,10 +71,10 @@ def check_fields(
 def _problems(config: Any, prefix: str) -> Iterator[str]:
     for spec in fields(config):
         value, key = getattr(config, spec.name), f"{prefix}.{spec.name}"
-        words, interval = spec.metadata.get(WORDS), spec.metadata.get(INTERVAL)
+        words, interval = spec.metadata.get(CHOICES), spec.metadata.get(INTERVAL)
         if words is not None and value not in words:
             yield f"{key}={value!r} is not known; use one of {', '.join(words)}"
-        if interval is None or value is None or value == "???":  # null where its type allows that; not given yet
+        if interval is None or value is None or value == "???":  # omegaconf checks null and values that are missing
             continue
         if wrong := [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item not in interval]:
             note = f"; {spec.metadata[NOTE]}" if spec.metadata[NOTE] else ""

@@ -1,4 +1,4 @@
-"""The op's two passes over the logits as Triton kernels; the functions and numerics of `chunked`, on a GPU.
+"""The two passes of `logprob_and_entropy` as Triton kernels, with the functions and numerics of `chunked`, on a GPU.
 
 The forward reads each logit once and the backward reads and writes each once: both are bound by memory. Under
 TRITON_INTERPRET=1, set before triton is imported, they run on the CPU, for tests.
@@ -16,7 +16,7 @@ from torch import Tensor
 from echorl_nemo.ops.chunked import FLOOR, compute_dtype
 
 BLOCK = 8192
-"""Columns that one program holds at a time."""
+"""Columns that one program processes at a time."""
 WARPS = 8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,1 +1,1 @@
-"""What can be known about a run before a GPU is asked for."""
+"""`echorl-nemo plan`: checks a run and estimates its memory, time and network volume before it gets a GPU."""

@@ -1,6 +1,6 @@
-"""Parameters of every pipeline stage's ranks, counted on Megatron's own model.
+"""Counts the parameters of each pipeline stage on Megatron's own model.
 
-The policy of one rank of each stage is built on the meta device, see `engines.megatron.meta_model`.
+The shard of one rank of each stage is built on the meta device, see `engines.megatron.meta_model`.
 """
 
 import math
@@ -18,39 +18,39 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class StageParameters:
-    """One pipeline stage."""
+    """Parameter counts of one pipeline stage."""
 
     rank: int
     """Parameters that each of its ranks holds."""
     expert: int
-    """How many of them belong to experts, which are spread over `parallel.expert` ranks."""
+    """Those of them that belong to experts, which are spread over `parallel.expert` ranks."""
     whole: int
     """Parameters of the stage, over all its ranks, each counted once."""
     layers: int
-    """Decoder layers."""
+    """Decoder layers of the stage."""
 
 
 def stage_parameters(hf_config: PretrainedConfig, layout: ParallelConfig, platform: Platform) -> list[StageParameters]:
-    """The stages of the policy, first to last.
+    """Count the parameters of the policy's stages, first to last.
 
-    Each parameter of a rank is compared with its like in a model on one rank. ``layout`` must divide the model. Raises
-    AssertionError if a shard is not the whole parameter's size over the ranks that share it.
+    Each parameter of a shard is compared with that of a model on one rank. ``layout`` must divide the model. Raises
+    AssertionError if the size of a shard is not that of the whole parameter divided by the ranks that share it.
     """
     from megatron.bridge import AutoBridge  # imports only with the stand-ins that ``platform`` put in place
 
-    # a copy: Megatron-Bridge completes it
+    # a copy, since Megatron-Bridge changes it
     bridge = AutoBridge.from_hf_config(type(hf_config).from_dict(hf_config.to_dict()))
     stages = []
     for stage in range(layout.pipeline):
         shard = _build(bridge, layout, stage, platform)
-        alone = replace(layout, tensor=1, context=1, expert=1, data=1, sequence=False)
-        whole = _build(bridge, alone, stage, platform)
+        unsplit = replace(layout, tensor=1, context=1, expert=1, data=1, sequence=False)
+        whole = _build(bridge, unsplit, stage, platform)
         stages.append(_compare(shard, whole, layout))
     return stages
 
 
 def total_parameters(stages: list[StageParameters], hf_config: PretrainedConfig) -> int:
-    """Parameters of the model. Tied embeddings are held by the first and the last stage, and counted once."""
+    """Number of parameters of the model. Tied embeddings are in the first and the last stage, and count once."""
     total = sum(stage.whole for stage in stages)
     if hf_config.tie_word_embeddings and len(stages) > 1:
         total -= hf_config.vocab_size * hf_config.hidden_size
@@ -80,6 +80,6 @@ def _layers(shapes: Shapes) -> int:
 
 
 def _build(bridge: Any, layout: ParallelConfig, stage: int, platform: Platform) -> Shapes:
-    """Shapes of the parameters of the first rank of ``stage``."""
+    """Shapes of the parameters on the first rank of ``stage``."""
     model = meta_model(bridge, layout, stage, platform)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from echorl_nemo.engines.megatron import checks
-from echorl_nemo.engines.megatron.layout import arithmetic_problems, path_problems, replica_size, settle_layout
+from echorl_nemo.engines.megatron.layout import arithmetic_problems, path_problems, ranks_per_replica, resolve_layout
 from echorl_nemo.engines.nemo_aligner import config as aligner
 from echorl_nemo.engines.nemo_aligner import overrides as aligner_overrides
 from echorl_nemo.engines.nemo_rl import config as nemo_rl
@@ -30,8 +30,8 @@ def settle(config: RunConfig) -> list[str]:
     """Fill in what `parallel` leaves open, on the GPUs that `cluster` has; what cannot be filled in."""
     layout, cluster = config.parallel, config.cluster
     gpus = cluster.nodes * cluster.gpus_per_node
-    settle_layout(layout, config.model, gpus or 1, alone=False)
-    replica = replica_size(layout)
+    resolve_layout(layout, config.model, gpus or 1, starts_ranks=False)
+    replica = ranks_per_replica(layout)
     if not gpus:
         layout.data = layout.data or 1
         return []
@@ -85,13 +85,13 @@ def static_problems(config: RunConfig, model_type: str) -> list[str]:
 def _aligner_problems(config: RunConfig, model_type: str) -> list[str]:
     found = aligner_overrides.problems(config, model_type)
     if config.rollout.engine == "vllm":
-        found.append("rollout.engine=vllm: NeMo-RL alone has it; use megatron or trtllm, or engine=nemo_rl")
+        found.append("rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl")
     settings = aligner_overrides.overrides(
         config, model_type, train=Path("train.jsonl"), evaluate=None, eval_prompts=0, eos=()
     )
     try:
         composed = compose_aligner(settings)
-        aligner.algorithm(composed.model)
+        aligner.method_config(composed.model)
         found += aligner.batch_problems(composed.trainer.grpo, composed.model, config.parallel.data or 1)
     except UserError as error:
         found += str(error).splitlines()

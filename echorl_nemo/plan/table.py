@@ -1,14 +1,14 @@
-"""The plan for people."""
+"""Prints the plan of a run as tables."""
 
 from rich.console import Console
 from rich.table import Table
 
-from echorl_nemo.plan.estimate import Item
-from echorl_nemo.plan.run import Plan
+from echorl_nemo.plan.estimate import Estimate
+from echorl_nemo.plan.plan import Plan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Layout, parameters and estimates; problems come from `echorl_nemo.plan.run.print_problems`."""
+    """Print layout, parameters and estimates. `echorl_nemo.plan.plan.print_problems` prints the problems."""
     config, layout, trainer = plan.config, plan.config.parallel, plan.config.trainer
     console.print(
         f"engine {config.engine}, rollouts by {config.rollout.engine}; {config.cluster.nodes} nodes x "
@@ -55,7 +55,7 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _items(title: str, unit: str, items: list[Item], *, shares: bool) -> Table:
+def _items(title: str, unit: str, items: list[Estimate], *, shares: bool) -> Table:
     total = sum(item.value for item in items)
     table = Table("", unit, *(["share"] if shares else []), "formula", title=title)
     for item in items:

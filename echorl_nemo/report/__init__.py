@@ -1,1 +1,1 @@
-"""What a person looks at: the step line, the run folder's files, the report page."""
+"""Output of a run for people: the lines on the terminal, the files of the run folder, the report page."""

@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""Configuration of what a run records, and the names of its files."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 FAILURES_FILE = "verifier_failures.jsonl"
 REPORT_FILE = "report.html"
-"""Files of a run folder."""
+"""Names of the files of a run folder."""
 
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What a run writes down."""
+    """Records of a run beside its metrics file: TensorBoard, W&B, MLflow, rollouts, progress bar."""
 
     tensorboard: bool = True
     """Write TensorBoard events to `run_dir`/tensorboard."""
@@ -27,10 +27,10 @@ class LoggerConfig:
     """Experiment of MLflow to log to (needs the package mlflow); null is off."""
 
     rollouts_every: int = number(10, "[1, 1000000000]")
-    """Steps between those whose rollouts are kept; the first and the last step are always among them."""
+    """Rollouts are recorded every this many steps, and always at the first and the last step."""
 
     groups: int = number(4, "[0, 1000000]")
-    """Groups kept of such a step, with all their rollouts."""
+    """Number of groups that are recorded then, with all their rollouts."""
 
     progress: bool = True
     """Show a progress bar, on a terminal."""

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a line for each step, a progress bar, a closing summary."""
+"""Output of a run on the terminal: a line for each step, a progress bar, a summary at the end."""
 
 import math
 from collections import defaultdict
@@ -14,8 +14,8 @@ PHASES = ("generate", "verify", "score", "update")
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """The diagnosis of a step in one line; ``values`` are its metrics, ``step`` counts from 0. A skipped step has none
-    of those that an update gives."""
+    """One line about a step from its metrics, ``values``; ``step`` counts from 0. A skipped step has no metrics of an
+    update, which are shown as nan."""
     values = defaultdict(lambda: math.nan, values)
     parts = [
         f"step {step + 1}/{steps}{' SKIPPED' if values.get('skipped') else ''}",
@@ -44,7 +44,7 @@ class RunConsole:
     """Prints step lines; on a terminal with a progress bar below them."""
 
     def __init__(self, steps: int, *, first_step: int, progress: bool) -> None:
-        # a log file is no terminal: there a line is not to be cut at 80 columns
+        # soft wrap: in a log file, lines must not be cut at 80 columns
         self.console = Console(soft_wrap=True, highlight=False)
         self.steps = steps
         self._progress = Progress(
@@ -58,26 +58,31 @@ class RunConsole:
         self._task = self._progress.add_task("training", total=steps, completed=first_step)
 
     def start(self) -> None:
+        """Show the progress bar."""
         self._progress.start()
 
     def stop(self) -> None:
+        """Remove the progress bar."""
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line above the progress bar."""
         self.console.print(text, markup=False)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        self.say(step_line(step, self.steps, values))
+        """Print the line of a step and move the progress bar on."""
+        self.print(step_line(step, self.steps, values))
         self._progress.update(self._task, completed=step + 1)
 
     def evaluation(self, values: dict[str, float]) -> None:
-        self.say(
+        """Print the line of an evaluation."""
+        self.print(
             f"held-out accuracy {values['eval.accuracy']:.3f} | length {values['eval.response_length']:.0f} | "
             f"truncated {values['eval.truncated']:.2f}"
         )
 
     def summary(self, metrics: Sequence[dict[str, Any]], folder: Path) -> None:
-        """First and last values of the run's metrics, and where its files are."""
+        """Print a table of the run's first and last metrics, and the list of its files."""
         table = Table("", "first", "last", title="EchoRL run")
         for label, name, width in (
             ("held-out accuracy", "eval.accuracy", 1),
@@ -93,6 +98,6 @@ class RunConsole:
                 first, last = values[:width], values[-width:]
                 table.add_row(label, f"{sum(first) / len(first):.3f}", f"{sum(last) / len(last):.3f}")
         self.console.print(table)
-        self.say("means of the first and last 3 steps; accuracy before and after training")
+        self.print("means of the first and last 3 steps; accuracy before and after training")
         for path in sorted(folder.iterdir()):
-            self.say(f"  {path}{'/' if path.is_dir() else ''}")
+            self.print(f"  {path}{'/' if path.is_dir() else ''}")

@@ -1,4 +1,4 @@
-"""Warnings that a run gives a person, from its metrics."""
+"""Warnings about a run, derived from its metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 WINDOW = 10
-"""Steps whose mean is compared with that of the run's first steps."""
+"""Number of latest steps whose mean is compared with that of as many first steps."""
 LENGTH_GROWTH = 1.25
 LOW_STOP_COVERAGE = 0.2
 
@@ -14,8 +14,8 @@ LOW_STOP_COVERAGE = 0.2
 def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
     """A warning if responses grow while few EchoClips hold the response's last token; empty if not.
 
-    The clip is chosen by what was sampled: where the peak lies before the end, it holds tokens that go on and not
-    those that stop, and the NLL on it may teach the policy to go on (docs/method.md). Said once every `WINDOW` steps.
+    A clip that ends before the response's end holds tokens that continue the response, and none that stop it, so that
+    its NLL may teach the policy to go on (docs/method.md). The warning comes at most once in `WINDOW` steps.
     ``history``: the metrics of all steps so far.
     """
     if len(history) < 2 * WINDOW or len(history) % WINDOW or "echorl.stop_coverage" not in history[-1]:
@@ -36,23 +36,23 @@ NEARLY_ALL = 0.9
 
 
 def step_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
-    """Warnings about the latest of the steps whose metrics ``history`` holds: each when its cause appears, and every
-    `WINDOW` steps while it stays."""
+    """Warnings about the latest step of ``history``, the metrics of all steps so far. Each warning comes when its cause
+    appears, and every `WINDOW` steps while the cause lasts."""
     now = _conditions(history[-1])
     before = _conditions(history[-2]) if len(history) > 1 else {}
     due = len(history) % WINDOW == 0
     return [text for name, text in now.items() if due or name not in before]
 
 
-def lasting_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
-    """Warnings about a whole run: what most of its latest `WINDOW` steps have in common."""
+def run_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
+    """Warnings about a whole run: those that hold for most of its latest `WINDOW` steps."""
     last = [_conditions(row) for row in history[-WINDOW:]]
     names = [name for name in last[-1] if sum(name in each for each in last) > len(last) / 2] if last else []
     return [last[-1][name] for name in names]
 
 
 def _conditions(row: dict[str, Any]) -> dict[str, str]:
-    """What of a step's metrics asks for a person, by name."""
+    """Warnings about the metrics of one step, by the name of their cause."""
     found = {}
     if row.get("truncated", 0.0) >= NEARLY_ALL:
         found["truncated"] = (
@@ -72,11 +72,12 @@ def _conditions(row: dict[str, Any]) -> dict[str, str]:
 
 
 def changed_settings(before: str | bytes, after: str) -> list[str]:
-    """The keys in which two configurations differ, with both values; each a YAML text as a run folder keeps it."""
+    """A sentence for each key in which two configurations differ, with both values. ``before`` and ``after`` are YAML
+    texts, as the run folder keeps them."""
     try:
         theirs = _flat(dict(yaml.safe_load(before)))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
-        return ["the configuration of the last attempt cannot be read: what changed is not known"]
+        return ["the configuration of the last attempt cannot be read, so that changes are not known"]
     ours = _flat(yaml.safe_load(after))
     return [
         f"{key}={theirs.get(key)} became {ours.get(key)}"

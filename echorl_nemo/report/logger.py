@@ -1,4 +1,4 @@
-"""The files of a run folder: metrics, rollouts, TensorBoard. Written by one rank."""
+"""Writes and reads the files of a run folder: metrics, rollouts, verifier failures. Only one rank writes."""
 
 import json
 import logging
@@ -11,61 +11,63 @@ from typing import Any
 from torch import Tensor
 
 from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE, ROLLOUTS_FILE, LoggerConfig
-from echorl_nemo.report.trackers import trackers
+from echorl_nemo.report.trackers import make_trackers
 from echorl_nemo.rollout.batch import RolloutBatch
 
 
 class RunLogger:
-    """Appends to the files of a run folder."""
+    """Appends to the files of a run folder, and logs metrics to the trackers."""
 
     def __init__(self, folder: Path, config: LoggerConfig, *, first_step: int) -> None:
-        """``first_step``: what an interrupted run wrote of this step and later ones is dropped."""
+        """``first_step``: lines that an interrupted run wrote for this step and later ones are removed."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config = folder, config
         for name in (METRICS_FILE, ROLLOUTS_FILE, FAILURES_FILE):
             _keep_lines(folder / name, lambda row: row["step"] < first_step)
-        self._trackers = trackers(folder, config, first_step=first_step)
+        self._trackers = make_trackers(folder, config, first_step=first_step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics after training step ``step`` (from 0; -1 before the first)."""
+        """Write the metrics of training step ``step``, from 0; -1 is before the first."""
         _append(self.folder / METRICS_FILE, [{"step": step, **values}])
         for tracker in self._trackers:
             tracker.log(step, {name.replace(".", "/"): value for name, value in values.items()})
 
     def failures(self, step: int, failures: Iterable[dict[str, str]]) -> None:
-        """Verifiers that gave no answer, each with its problem."""
+        """Write the verdicts that were not reached in a step, each with its reason."""
         _append(self.folder / FAILURES_FILE, [{"step": step, **failure} for failure in failures])
 
     def keeps_rollouts(self, step: int, *, last: bool) -> bool:
+        """Whether the rollouts of a step are recorded."""
         return last or step % self.config.rollouts_every == 0
 
     def rollouts(
         self, step: int, batch: RolloutBatch, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
     ) -> None:
-        """Keep the rollouts of the first groups."""
+        """Write the rollouts of the step's first groups. ``pieces`` gives the text of each token."""
         groups = list(dict.fromkeys(batch.group_ids.tolist()))[: self.config.groups]
         rows = [row for row, group in enumerate(batch.group_ids.tolist()) if group in groups]
         _append(self.folder / ROLLOUTS_FILE, [_record(step, batch, row, step_ids, pieces) for row in rows])
 
     def close(self) -> None:
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of the run folder; none if the file is not there. Left out, with a warning that names
-    it: a line that is damaged, and a last one that a killed run did not finish."""
+    """The JSON objects of a file of the run folder; an empty list if there is no file. Damaged lines, and a last line
+    that a killed run did not finish, are left out with a warning."""
     rows, damaged, unfinished = _parse(path)
-    say = logging.getLogger(__name__).warning
+    warn = logging.getLogger(__name__).warning
     for number, _, why in damaged:
-        say("%s:%d: damaged and left out: %s", path, number, why)
+        warn("%s:%d: damaged and left out: %s", path, number, why)
     if unfinished:
-        say("%s: its last line was not finished and is left out", path)
+        warn("%s: its last line was not finished and is left out", path)
     return rows
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes, str]], bytes]:
-    """The rows of a file, its damaged lines (number, line, what is wrong), and what follows its last line."""
+    """The rows of a file, its damaged lines (number, line, problem), and an unfinished last line."""
     if not path.is_file():
         return [], [], b""
     *lines, unfinished = path.read_bytes().split(b"\n")
@@ -78,18 +80,18 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes, str
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             rows.append(row)
-        except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
             damaged.append((number, line, str(error)))
     return rows, damaged, unfinished
 
 
-def finite(value: Any) -> Any:
-    """``value`` with None for every number that is not finite: JSON has none of those."""
+def replace_nonfinite(value: Any) -> Any:
+    """``value`` with None in place of every number that is not finite, since JSON has no such numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list) else value
+        return {key: replace_nonfinite(item) for key, item in value.items()}
+    return [replace_nonfinite(item) for item in value] if isinstance(value, list) else value
 
 
 def _record(
@@ -117,7 +119,7 @@ def _record(
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _append_lines(path, [json.dumps(finite(row), ensure_ascii=False).encode() for row in rows])
+    _append_lines(path, [json.dumps(replace_nonfinite(row), ensure_ascii=False).encode() for row in rows])
 
 
 def _append_lines(path: Path, lines: Sequence[bytes]) -> None:
@@ -125,11 +127,12 @@ def _append_lines(path: Path, lines: Sequence[bytes]) -> None:
         with path.open("ab") as file:
             file.writelines(line + b"\n" for line in lines)
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
+            os.fsync(file.fileno())  # the lines of a step must be on the disk before its checkpoint
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave out the rows that are not to be kept; a damaged line, or one without a step, is set aside."""
+    """Rewrite a file with the rows that ``keep`` accepts. Damaged lines, and those without a step, are moved to another
+    file."""
     rows, damaged, _ = _parse(path)
     damaged += [(0, json.dumps(row).encode(), "no step") for row in rows if not isinstance(row.get("step"), int)]
     if damaged:

@@ -1,4 +1,4 @@
-"""docs/metrics.md: what every metric of a run is: `python -m echorl_nemo.report.metrics_reference`."""
+"""Prints docs/metrics.md, the list of a run's metrics: `python -m echorl_nemo.report.metrics_reference`."""
 
 ROLLOUTS = "mean over the step's rollouts"
 TOKENS = "mean over all response tokens of a mini-batch"
@@ -44,7 +44,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval.response_length": ("tokens", "Mean over those rollouts."),
     "eval.truncated": ("share", "Of those rollouts."),
 }  # fmt: skip
-"""By name, unit and meaning with the denominator; NAME and PHASE stand for one word."""
+"""Unit and meaning, with the denominator, by metric. NAME and PHASE stand for one word."""
 
 HEADER = """# Every metric of a run
 
@@ -57,13 +57,13 @@ What a line of `metrics.jsonl`, TensorBoard, W&B and MLflow holds. Made by
 
 
 def is_described(name: str) -> bool:
-    """Whether a metric of a run is on the page."""
+    """Whether docs/metrics.md describes the metric ``name``."""
     first = name.split(".")[0]
     return name in METRICS or f"{first}.NAME" in METRICS or f"{first}.PHASE" in METRICS
 
 
 def page() -> str:
-    """docs/metrics.md."""
+    """The text of docs/metrics.md."""
     return HEADER + "".join(f"| `{name}` | {unit} | {text} |\n" for name, (unit, text) in METRICS.items())
 
 

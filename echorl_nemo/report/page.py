@@ -1,4 +1,4 @@
-"""report.html: one static file with the curves of one or more runs and a browser of their rollouts."""
+"""Writes report.html: one static file with the curves of one or more runs and a browser for their rollouts."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE
-from echorl_nemo.report.diagnosis import WINDOW, lasting_warnings, stop_bias_warning
-from echorl_nemo.report.logger import finite, read_lines
+from echorl_nemo.report.diagnosis import WINDOW, run_warnings, stop_bias_warning
+from echorl_nemo.report.logger import read_lines, replace_nonfinite
 from echorl_nemo.resilience.disk import is_full
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -34,10 +34,10 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("response tokens", {"response_length": "mean"}),
     ("gradient norm", {"grad_norm": "before clipping"}),
 )
-"""Title of each chart, and the metrics in it with their labels."""
+"""Title of each chart, with its metrics and their labels."""
 
 FULL_SHADE_NATS = 1.5
-"""Entropy at which a token's shade is full."""
+"""Entropy at which a token has the full shade."""
 
 BINS = 10
 
@@ -46,13 +46,13 @@ Run = tuple[str, list[dict[str, Any]]]
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
-    """Write the report of the runs in ``folders`` to ``path``. Raises UserError if one holds no metrics."""
+    """Write the report of the runs in ``folders`` to ``path``. Raises UserError if a folder has no metrics."""
     names = _names(folders)
     metrics: list[Run] = []
     for name, folder in zip(names, folders, strict=True):
         rows = [row for row in read_lines(folder / METRICS_FILE) if isinstance(row.get("step"), int)]
         if not rows:
-            raise UserError(f"{folder / METRICS_FILE}: no metrics; is {folder} the folder of a run?")
+            raise UserError(f"{folder / METRICS_FILE}: it has no metrics; name the folder of a run")
         metrics.append((name, rows))
     rollouts = [(name, _whole_rollouts(folder)) for name, folder in zip(names, folders, strict=True)]
     configs = [(name, _config_text(folder)) for name, folder in zip(names, folders, strict=True)]
@@ -70,7 +70,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         charts=[_chart(title, series, metrics) for title, series in CURVES]
         + _peak_charts(rollouts, [_reduction(config) for _, config in configs]),
         # "<" would let a rollout's text end the script element
-        data=json.dumps(finite(groups), ensure_ascii=False).replace("<", "\\u003c"),
+        data=json.dumps(replace_nonfinite(groups), ensure_ascii=False).replace("<", "\\u003c"),
         shade=FULL_SHADE_NATS,
         configs=configs,
     )
@@ -83,13 +83,13 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 
 def _whole_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """The kept rollouts of a run that have all that the page shows."""
+    """The recorded rollouts of a run that have all fields which the page shows."""
     needed = {"step", "group", "prompt", "reward", "tokens", "entropies", "steps", "clip", "finished"}
     return [row for row in read_lines(folder / ROLLOUTS_FILE) if needed <= row.keys()]
 
 
 def _config_text(folder: Path) -> str:
-    """The configuration of a run, empty where there is none that can be read."""
+    """The configuration of a run as YAML text; empty if there is none that can be read."""
     path = folder / CONFIG_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
@@ -101,9 +101,9 @@ def _config_text(folder: Path) -> str:
 def group_records(
     run: str, records: Sequence[dict[str, Any]], *, success_reward: float = 1.0, reduction: str = "mean"
 ) -> list[dict[str, Any]]:
-    """The kept rollouts of a run by group: `pattern` (all right, mixed, all wrong), `marks` (how many of them are
-    rewarded with at least ``success_reward``), `reduction` (`echorl.step_reduction`), `peak` (highest step entropy by
-    it, nats) and the rollouts."""
+    """The recorded rollouts of a run by group. Each group is a dictionary: `pattern` (all right, mixed, all wrong),
+    `marks` (how many rewards are at least ``success_reward``), `reduction` (`echorl.step_reduction`), `peak` (highest
+    step entropy, nats), and the rollouts."""
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for record in records:
         rollout = {**record, "clip": record["clip"] or [0] * len(record["tokens"])}
@@ -122,7 +122,7 @@ def group_records(
 
 
 def _setting(config: str, name: str, default: Any) -> Any:
-    """`echorl.NAME` of a run's configuration, as text; ``default`` where the folder has none."""
+    """The value of `echorl.NAME` in a run's configuration text; ``default`` if it has none."""
     return ((yaml.safe_load(config) or {}).get("echorl") or {}).get(name, default)
 
 
@@ -131,7 +131,7 @@ def _reduction(config: str) -> str:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names; their whole paths where two are called alike."""
+    """The names of the folders; their paths if two have the same name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -139,7 +139,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _warnings(rows: list[dict[str, Any]]) -> list[str]:
     steps = [row for row in rows if "response_length" in row]
     stop_bias = stop_bias_warning(steps[: len(steps) // WINDOW * WINDOW])
-    return [*lasting_warnings(steps), *([stop_bias] if stop_bias else [])]
+    return [*run_warnings(steps), *([stop_bias] if stop_bias else [])]
 
 
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
@@ -147,18 +147,19 @@ REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "max": max,
     "sum": sum,
 }
-"""By `echorl.step_reduction`, the step entropy of token entropies."""
+"""Functions from a step's token entropies to its step entropy, by `echorl.step_reduction`."""
 
 
 def _step_entropies(rollout: dict[str, Any], reduction: str) -> list[float]:
     steps: dict[int, list[float]] = {}
     for entropy, step in zip(rollout["entropies"], rollout["steps"], strict=True):
-        steps.setdefault(step, []).append(entropy or 0.0)  # null: it was not finite
+        steps.setdefault(step, []).append(entropy or 0.0)  # null stands for a number that is not finite
     return [REDUCTIONS[reduction](values) for values in steps.values()]
 
 
 def _chart(title: str, series: dict[str, str], runs: Sequence[Run]) -> str:
-    """Curves over steps: a colour for each metric, or for each run where there are several, then a dash each metric."""
+    """A chart of metrics over steps. With one run each metric has a colour; with several each run has a colour, and
+    each metric a line style."""
     figure, axes = _figure(title, "step")
     for number, (run, rows) in enumerate(runs):
         for order, (name, label) in enumerate(series.items()):
@@ -176,7 +177,7 @@ def _chart(title: str, series: dict[str, str], runs: Sequence[Run]) -> str:
 
 
 def _peak_charts(runs: Sequence[Run], reductions: Sequence[str]) -> list[str]:
-    """Where the peaks of the kept responses lie, and on which of their lines, by each run's step reduction."""
+    """Two histograms of the recorded responses: the relative position of the peak, and the line that it falls on."""
     position, position_axes = _figure("where peaks lie", "relative position among the response's steps")
     line, line_axes = _figure("on which line peaks fall", "line of the response")
     for (run, records), reduction in zip(runs, reductions, strict=True):
@@ -202,7 +203,7 @@ def _figure(title: str, label: str) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure, axes: Any) -> str:
-    """Inline SVG; text stays text, and its colour that of the page."""
+    """A chart as inline SVG. Text is kept as text, in the page's colour."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     buffer = io.StringIO()

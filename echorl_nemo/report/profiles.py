@@ -1,4 +1,4 @@
-"""Step-entropy profiles: where along a response, and how high, a model's entropy peaks."""
+"""Step-entropy profiles: how high a model's step entropies are along a response, and where they peak."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from echorl_nemo.echo import step_entropy
 BINS = 10
 
 
-def profile(entropies: Tensor, step_ids: Tensor, *, reduction: str) -> dict[str, Any]:
-    """Over responses [N, S] with at least one step: `by_position`, the mean step entropy (nats) in each tenth of the
-    response's steps (null where no step falls); `peak_position`, the share of responses whose peak lies in each tenth;
-    `peak_height`, quantiles of the peak's entropy; and counts."""
+def entropy_profile(entropies: Tensor, step_ids: Tensor, *, reduction: str) -> dict[str, Any]:
+    """The profile of responses [N, S] with at least one step: `by_position`, the mean step entropy (nats) in each tenth
+    of a response's steps (null if no step falls there); `peak_position`, the share of responses with the peak in each
+    tenth; `peak_height`, quantiles of the peak's entropy; and counts."""
     heights = step_entropy(entropies, step_ids, reduction=reduction)
     n_steps = (heights > -torch.inf).sum(dim=1)
     heights, n_steps = heights[n_steps > 0], n_steps[n_steps > 0]
@@ -37,8 +37,9 @@ def profile(entropies: Tensor, step_ids: Tensor, *, reduction: str) -> dict[str,
     }
 
 
-def draw(profiles: dict[str, dict[str, Any]], path: Path) -> None:
-    """One curve for each kind of response: step entropy, then peaks, by relative position."""
+def draw_profiles(profiles: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw a picture of ``profiles`` to ``path``: step entropy and share of peaks by relative position, with one curve
+    for each kind of response."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     centres = [(n + 0.5) / BINS for n in range(BINS)]

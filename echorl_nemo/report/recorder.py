@@ -1,4 +1,4 @@
-"""Everything that a run shows and writes, in one place; only the main rank has one."""
+"""Records a run: writes its files, prints its lines, and writes the report at the end. Only the main rank has one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from echorl_nemo.rollout.batch import RolloutBatch
 
 
 class Recorder:
-    """The run folder and the terminal."""
+    """Writes to the run folder and to the terminal."""
 
     def __init__(self, folder: Path, config_yaml: str, config: LoggerConfig, *, steps: int, first_step: int) -> None:
         self.folder, self.steps = folder, steps
@@ -27,11 +27,11 @@ class Recorder:
         self.console = RunConsole(steps, first_step=first_step, progress=config.progress)
         self.console.start()
         for change in changes:
-            self.console.say(f"since the run's last attempt {change}")
+            self.console.print(f"since the run's last attempt {change}")
         self._history = [row for row in read_lines(folder / METRICS_FILE) if "reward" in row]
 
     def evaluation(self, step: int, metrics: dict[str, float], failures: Sequence[dict[str, str]] = ()) -> None:
-        """An evaluation outside a training step, and the verifiers that failed."""
+        """Record an evaluation outside a training step, and the verdicts that were not reached."""
         self.logger.metrics(step, metrics)
         self.logger.failures(step, failures)
         self.console.evaluation(metrics)
@@ -45,8 +45,8 @@ class Recorder:
         pieces: Callable[[list[int]], list[str]],
         failures: Sequence[dict[str, str]] = (),
     ) -> None:
-        """A training step, its rollouts where they are due, and the verifiers that failed. A metric that is not finite
-        is left out: JSON has no such number."""
+        """Record a training step, its rollouts if they are due, and the verdicts that were not reached. Metrics that
+        are not finite are left out, since JSON has no such numbers."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.logger.metrics(step, metrics)
         self.logger.failures(step, failures)
@@ -56,24 +56,24 @@ class Recorder:
         self._history.append(metrics)
         stop_bias = stop_bias_warning(self._history)
         for warning in [*step_warnings(self._history), *([stop_bias] if stop_bias else [])]:
-            self.console.say(f"warning: {warning}")
+            self.console.print(f"warning: {warning}")
         if "eval.accuracy" in metrics:
             self.console.evaluation(metrics)
 
-    def say(self, text: str) -> None:
-        """A line on the terminal."""
-        self.console.say(text)
+    def print(self, text: str) -> None:
+        """Print a line on the terminal."""
+        self.console.print(text)
 
     def stop(self) -> None:
-        """Close the files; once is enough."""
+        """Close the files and the progress bar. Further calls do nothing."""
         if not self._stopped:
             self._stopped = True
             self.logger.close()
             self.console.stop()
 
     def finish(self, *, summary: bool) -> None:
-        """Close the files, write the report if there is a metric to show; with ``summary`` of a run that made its last
-        step, print that too."""
+        """Close the files, and write the report if there are metrics. With ``summary``, for a run that is complete,
+        print a summary."""
         self.stop()
         if not read_lines(self.folder / METRICS_FILE):
             return

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: pass@1, pass@k, maj@k, each with a 95 % interval by bootstrap over problems."""
+"""Scores of an evaluation: pass@1, pass@k and maj@k, each with a 95 % interval by bootstrap over problems."""
 
 import math
 from collections import Counter
@@ -17,12 +17,13 @@ class Score:
     high: float
 
     def as_dict(self) -> dict[str, float]:
+        """The score as a dictionary for JSON."""
         return asdict(self)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate that at least one of ``k`` rollouts is right, from ``correct`` of ``samples``:
-    1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1). Raises ValueError for k > samples."""
+    """Unbiased estimate of the probability that at least one of ``k`` rollouts is correct, if ``correct`` of
+    ``samples`` are: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1). Raises ValueError for k > samples."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= samples={samples}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
@@ -32,8 +33,8 @@ NO_VOTE = -1
 
 
 def vote_pairs(answers: Sequence[str], correct: Sequence[bool]) -> list[tuple[int, int]]:
-    """The pairs (later, earlier) of a problem's rollouts whose wrong answers are written differently, so that their
-    verifier has to say whether they are equal; one rollout for each way of writing."""
+    """Pairs (later, earlier) of a problem's rollouts whose wrong answers differ as text, so that the verifier must
+    decide whether they are equal. Each text is represented by its first rollout."""
     right = {answer for answer, ok in zip(answers, correct, strict=True) if ok}
     first = {answer: i for i, answer in reversed(list(enumerate(answers))) if answer and answer not in right}
     places = sorted(first.values())
@@ -41,8 +42,8 @@ def vote_pairs(answers: Sequence[str], correct: Sequence[bool]) -> list[tuple[in
 
 
 def vote_classes(answers: Sequence[str], correct: Sequence[bool], equal: Collection[tuple[int, int]]) -> list[int]:
-    """For each rollout of a problem the class of answers that it votes for, `NO_VOTE` of an empty answer. All right
-    answers are one class, however they are written; ``equal`` are those of `vote_pairs` that are equal."""
+    """For each rollout of a problem the class of answers that it votes for; `NO_VOTE` for an empty answer. All correct
+    answers are one class. ``equal``: the pairs of `vote_pairs` whose answers are equal."""
     same_as = dict(enumerate(range(len(answers))))
     for later, earlier in sorted(equal):
         same_as[later] = min(same_as[later], same_as[earlier])
@@ -60,7 +61,8 @@ def vote_classes(answers: Sequence[str], correct: Sequence[bool], equal: Collect
 
 
 def majority_correct(classes: Sequence[int], correct: Sequence[bool]) -> float:
-    """Whether the class with most votes is right; on a tie the mean over those that tie. `NO_VOTE` does not count."""
+    """1.0 if the class with most votes is correct, 0.0 if not; on a tie the mean over the tied classes. `NO_VOTE` does
+    not count."""
     votes = Counter(each for each in classes if each != NO_VOTE)
     if not votes:
         return 0.0
@@ -70,7 +72,8 @@ def majority_correct(classes: Sequence[int], correct: Sequence[bool]) -> float:
 
 
 def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> Score:
-    """The mean of ``values``, one a problem, and its percentile interval over ``resamples`` draws of problems."""
+    """The mean of ``values``, one for each problem, with its percentile interval over ``resamples`` draws of
+    problems."""
     table = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(table), (resamples, len(table)), generator=generator)
@@ -81,8 +84,8 @@ def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> Score:
 def score_problems(
     correct: Sequence[Sequence[bool]], votes: Sequence[Sequence[int]], ks: Sequence[int], *, resamples: int, seed: int
 ) -> dict[str, Score]:
-    """Scores of problems, each with the same number of rollouts: `pass@1` (the mean of k), `pass@k` for each of ``ks``,
-    and `maj@n` over all n rollouts, whose ``votes`` are `vote_classes`."""
+    """Scores over problems with the same number of rollouts each: `pass@1`, `pass@k` for each of ``ks``, and `maj@n`
+    over all n rollouts. ``votes``: the `vote_classes` of each problem."""
     samples = len(correct[0])
     estimates: dict[str, Callable[[int], float]] = {"pass@1": lambda i: sum(correct[i]) / samples}
     for k in ks:

@@ -1,4 +1,4 @@
-"""Experiment trackers, each through its own library, imported only where it is asked for."""
+"""Experiment trackers. Each uses its own library, which is imported only if the configuration asks for it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,15 +8,19 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """What is logged to."""
+    """Receives the metrics of a run."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics of a training step, from 0; -1 is before the first."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write out what is left, and end the tracker's run."""
+        ...
 
 
 class TensorBoard:
-    """Events in the run folder."""
+    """Writes TensorBoard events to the run folder."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -33,7 +37,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named after its folder, which a resumed run goes on with."""
+    """Logs to a run of Weights & Biases named after the run folder. A resumed run continues it."""
 
     def __init__(self, folder: Path, project: str) -> None:
         import wandb
@@ -49,7 +53,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run named after its folder, which keeps its id, so that a resumed run goes on with it."""
+    """Logs to a run of MLflow named after the run folder, which keeps its id. A resumed run continues it."""
 
     def __init__(self, folder: Path, experiment: str) -> None:
         import mlflow
@@ -68,8 +72,8 @@ class MLflow:
         self._mlflow.end_run()
 
 
-def trackers(folder: Path, config: "LoggerConfig", *, first_step: int) -> list[Tracker]:
-    """Those that ``config`` asks for."""
+def make_trackers(folder: Path, config: "LoggerConfig", *, first_step: int) -> list[Tracker]:
+    """Create the trackers that ``config`` asks for."""
     found: list[Tracker] = []
     if config.tensorboard:
         found.append(TensorBoard(folder, first_step=first_step))

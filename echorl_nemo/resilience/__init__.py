@@ -1,1 +1,1 @@
-"""What lets a run survive: checkpoint folders, signals, a watchdog, a lock. No engine is imported here."""
+"""Protection of a run against failures: checkpoint folders, signals, watchdog, lock, the end of ranks."""

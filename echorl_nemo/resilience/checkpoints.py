@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: published by rename, found only when complete, checked before they are read.
+"""The folder of a run's checkpoints. Checkpoints are published by a rename, and checked before they are read.
 
-A checkpoint is a folder `step-NNNNNN` with a manifest, the last file written before it gets that name. Whatever else
-lies there is what an interrupted save or removal left behind.
+A checkpoint is a folder `step-NNNNNN` with a manifest, which is the last file written before the folder gets that name.
+Everything else in the folder was left behind by an interrupted save or removal.
 """
 
 import json
@@ -21,8 +21,8 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 24
 
-Sums = dict[str, tuple[int, int]]
-"""By file name, its size in bytes and its CRC-32."""
+Checksums = dict[str, tuple[int, int]]
+"""Size in bytes and CRC-32 by file name."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,24 @@ class CheckpointFolder:
     path: Path
 
     def complete(self) -> list[Path]:
-        """Complete checkpoints, the newest first."""
+        """The complete checkpoints, newest first."""
         found = [path for path in self.path.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of, reverse=True)
 
     def without_manifest(self) -> list[Path]:
-        """Folders with the name of a checkpoint that lack the manifest with which each is published: damaged."""
+        """Damaged checkpoints: folders with the name of a checkpoint that have no manifest."""
         found = [path for path in self.path.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted((path for path in found if not (path / MANIFEST).is_file()), key=step_of, reverse=True)
 
     def begin(self, step: int) -> Path:
-        """A fresh temporary folder for the checkpoint of ``step``; no earlier attempt writes there."""
+        """Create a new temporary folder for the checkpoint of ``step``; no earlier attempt writes there."""
         partial = self.path / f"{name_of(step)}.partial-{secrets.token_hex(4)}"
         partial.mkdir(parents=True)
         return partial
 
-    def publish(self, partial: Path, sums: Sums, *, accuracy: float | None) -> Path:
-        """Complete ``partial``, every file of which is in ``sums`` and on the disk, and give it its name."""
+    def publish(self, partial: Path, sums: Checksums, *, accuracy: float | None) -> Path:
+        """Write the manifest of ``partial`` and give it its final name. All its files must be in ``sums`` and on the
+        disk. Returns the checkpoint."""
         final = _final(partial)
         write_durably(partial / MANIFEST, json.dumps({"accuracy": accuracy, "files": sums}, indent=1))
         _sync(partial)
@@ -60,14 +61,14 @@ class CheckpointFolder:
         return final
 
     def remove(self, checkpoint: Path) -> None:
-        """Delete a folder if it is there. It loses its name first: a half-deleted checkpoint is found by nobody, and a
-        writer that outlived its run puts no file into it."""
+        """Delete a folder if it exists. It is renamed first, so that a half-deleted checkpoint is never loaded, and a
+        writer that outlived its run cannot add a file to it."""
         if checkpoint.exists():
             _delete(self._hide(checkpoint))
 
     def clean(self) -> list[str]:
-        """Remove what interrupted saves left, but for one that was complete and lacked its name alone; returns what was
-        done with each."""
+        """Remove what interrupted saves left; a folder that was complete except for its name gets the name. Returns a
+        sentence about each."""
         done = []
         for leftover in sorted(self.path.glob("step-*.partial-*")):
             final = _final(leftover)
@@ -85,13 +86,13 @@ class CheckpointFolder:
         return gone
 
     def set_aside(self, checkpoint: Path) -> Path:
-        """Rename a damaged checkpoint, so that no run goes on from it; it is never removed."""
+        """Rename a damaged checkpoint so that no run resumes from it, and return the new path. It is never removed."""
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{secrets.token_hex(4)}")
         checkpoint.rename(aside)
         return aside
 
     def retain(self, config: CheckpointConfig) -> list[Path]:
-        """Remove the checkpoints that ``config`` does not keep; returns them."""
+        """Remove the checkpoints that ``config`` does not keep, and return them."""
         complete = self.complete()
         rated = [(accuracy, step_of(path), path) for path in complete if (accuracy := accuracy_of(path)) is not None]
         best = [path for _, _, path in sorted(rated, reverse=True)[: config.keep_best]]
@@ -111,8 +112,8 @@ def _final(partial: Path) -> Path:
 
 
 def _delete(folder: Path) -> None:
-    """The manifest goes first: what is left after a kill is no checkpoint."""
-    if not folder.is_dir():  # a file of somebody's
+    """Delete a folder, its manifest first: what is left after a kill is not a complete checkpoint."""
+    if not folder.is_dir():  # a user's file
         folder.unlink()
         return
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -120,18 +121,19 @@ def _delete(folder: Path) -> None:
 
 
 def name_of(step: int) -> str:
+    """The name of the checkpoint after ``step`` training steps."""
     return f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Training steps made, from the folder's name."""
+    """Number of completed training steps, from the checkpoint's name."""
     match = CHECKPOINT_NAME.match(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
 
 
 def accuracy_of(checkpoint: Path) -> float | None:
-    """`eval.accuracy` of a complete checkpoint; None where it was not evaluated, or cannot be read."""
+    """The `eval.accuracy` of a complete checkpoint; None if it was not evaluated, or the manifest cannot be read."""
     try:
         accuracy = _read_manifest(checkpoint)["accuracy"]
     except ValueError:
@@ -139,9 +141,9 @@ def accuracy_of(checkpoint: Path) -> float | None:
     return None if accuracy is None else float(accuracy)
 
 
-def sum_files(folder: Path, names: Iterable[str]) -> Sums:
-    """Size and CRC-32 of files in ``folder``, each of which is on the disk when this returns."""
-    sums: Sums = {}
+def checksum_files(folder: Path, names: Iterable[str]) -> Checksums:
+    """Checksums of files in ``folder``. The files are on the disk (fsync) when this returns."""
+    sums: Checksums = {}
     for name in names:
         with (folder / name).open("rb") as file:
             sums[name] = _sum(file)
@@ -149,10 +151,10 @@ def sum_files(folder: Path, names: Iterable[str]) -> Sums:
     return sums
 
 
-def damages(checkpoint: Path, *, part: int, parts: int) -> list[str]:
-    """What is wrong with every ``parts``-th file of a checkpoint, from the ``part``-th on.
+def damaged_files(checkpoint: Path, *, part: int, parts: int) -> list[str]:
+    """Problems of every ``parts``-th file of a checkpoint, starting with the ``part``-th, so that ranks share the work.
 
-    Raises OSError where the storage itself fails: then nothing is known about the checkpoint.
+    Raises OSError if the storage fails: then nothing is known about the checkpoint.
     """
     try:
         files = sorted(_read_manifest(checkpoint)["files"].items())
@@ -168,12 +170,12 @@ def damages(checkpoint: Path, *, part: int, parts: int) -> list[str]:
         else:
             with path.open("rb") as file:
                 if _sum(file)[1] != crc:
-                    found.append(f"{name} was altered: its checksum is another")
+                    found.append(f"{name} was altered: its checksum differs")
     return found
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace ``path`` in one piece, and have it on the disk."""
+    """Write ``text`` to ``path`` so that the file is always complete, and on the disk when this returns."""
     partial = path.with_name(f"{path.name}.new")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -183,7 +185,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Raises ValueError for one that is damaged."""
+    """The manifest of a checkpoint. Raises ValueError if it is damaged."""
     try:
         manifest = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
         accuracy, files = manifest["accuracy"], dict(manifest["files"])

@@ -1,4 +1,4 @@
-"""Configuration of checkpoints and of what a run does when something breaks."""
+"""Configuration of checkpoints, and of how a run reacts to failures."""
 
 from dataclasses import dataclass
 
@@ -8,24 +8,25 @@ from echorl_nemo.ops.ranges import check_fields, number
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are kept, and how they are written. When they are is `trainer.save_every`'s."""
+    """Which checkpoints are kept, and how they are written. `trainer.save_every` sets when."""
 
     keep_last: int = number(2, "[1, 1000000]", "a run goes on from the newest")
-    """Newest checkpoints that are kept; with 1 there is nothing to fall back on."""
+    """Number of newest checkpoints that are kept. With 1 there is none to fall back on if it is damaged."""
 
     keep_best: int = number(1, "[0, 1000000]", "0 is off")
-    """Further ones that are kept: those of the highest `eval.accuracy`, where a step that is saved is evaluated."""
+    """Number of checkpoints with the highest `eval.accuracy` that are kept too, among steps that were evaluated."""
 
     keep_every: int = number(0, "[0, 1000000000]", "0 is off")
-    """Checkpoints of every so many steps are kept for good; 0 is off."""
+    """Checkpoints whose step is a multiple of this are never removed; 0 is off."""
 
     asynchronous: bool = False
-    """Write in a forked process while training goes on: meanwhile that takes host memory for what the rank writes, and
-    the checkpoint is there some steps later."""
+    """Write in a forked process while training goes on. This takes host memory for what the rank writes, and the
+    checkpoint is complete some steps later."""
 
     low_memory: bool = False
-    """Collect the optimizer's state on one replica, over gloo. False collects it on every replica, which share the
-    writing: faster, and for each parameter of a rank's shard 12 bytes of host memory, on a GPU 4 at a time."""
+    """Collect the optimizer's state on one replica, over gloo. False collects it on every replica, and the replicas
+    share the writing: faster, with 12 bytes of host memory for each parameter of a rank's shard (on a GPU 4 at a
+    time)."""
 
     accept_changed_data: bool = False
     """Go on from a checkpoint although `data.train` holds other prompts than when it was saved."""
@@ -36,22 +37,23 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ResilienceConfig:
-    """When a run gives up, warns, or stops in time."""
+    """When a run gives up, warns, or stops before its job ends."""
 
     max_skipped_steps: int = number(3, "[0, 1000000000]")
     """Steps in a row that may be skipped because loss, gradient norm or rewards were not finite; one more stops the
     run."""
 
     step_limit_minutes: float = number(60.0, "[0, 1000000]", "0 is off")
-    """A step that takes longer makes every rank write its stacks to `run_dir`/stacks; 0 is off. What ends a run that
-    hangs is `trainer.timeout_minutes`."""
+    """If a step takes longer every rank writes its stacks to `run_dir`/stacks; 0 is off. A run that hangs is ended by
+    `trainer.timeout_minutes`."""
 
     time_limit_minutes: float = number(0.0, "[0, 1000000]", "0 is off")
-    """Length of the job, from SLURM_JOB_START_TIME where that is set, else from the start of the ranks: the run saves
-    and ends with exit code 75 while there is time. 0: the limit is SLURM_JOB_END_TIME, none without it."""
+    """Length of the job, from SLURM_JOB_START_TIME if that is set, otherwise from the start of the ranks. The run saves
+    before this and ends with exit code 75. 0: the limit is SLURM_JOB_END_TIME, and none without it."""
 
     time_margin_minutes: float = number(2.0, "[0, 1000000]")
-    """Kept free before that limit, beside one and a half of the longest step and two of the longest save so far."""
+    """Time that is kept free before the limit, added to 1.5 times the longest step and 2 times the longest save so
+    far."""
 
     def __post_init__(self) -> None:
         check_fields(self, "resilience", error=UserError)

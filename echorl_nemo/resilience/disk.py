@@ -1,4 +1,4 @@
-"""A full disk, whatever it is that cannot be written."""
+"""Recognises a full disk, and explains it."""
 
 import errno
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from echorl_nemo.errors import UserError
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk, or a quota on it, has no room."""
+    """Whether an error says that a disk, or a quota on it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Metrics, rollouts, the heartbeat of the run in ``folder``: the remedy is the same. Raises UserError that names
-    it."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk, while the run in ``folder`` writes any of its files, into a UserError with the
+    remedy."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""How a rank ends: the cause is printed first and once, what was started is closed, and the process ends.
+"""The end of a rank: it prints the cause first and once, closes what was started, and ends the process.
 
-Nothing that a library started can keep it: the processes that are left are killed, and the interpreter's own shutdown,
-which waits for them, is not entered.
+Processes that a library started cannot prevent it: they are killed, and the interpreter's own shutdown, which would
+wait for them, is skipped.
 """
 
 import json
@@ -19,22 +19,22 @@ import psutil
 import torch.distributed as dist
 
 from echorl_nemo.errors import UserError, first_line, print_error
-from echorl_nemo.resilience.orphans import end_descendants
-from echorl_nemo.resilience.streams import make_output_patient
+from echorl_nemo.resilience.orphans import kill_descendants
+from echorl_nemo.resilience.streams import tolerate_closed_output
 
 CLOSE_SECONDS = 10.0
-"""How long closing may take; then the process ends all the same."""
+"""Time limit for closing; after it the process ends anyway."""
 STORE_SECONDS = 3.0
-"""How long the ranks' store may take to answer a rank that ends; the rank that holds it may be gone."""
+"""Time limit for an answer of the ranks' store, whose rank may have ended."""
 PEER_SECONDS = 3.0
-"""How long a rank that lost a peer leaves it to the peer, or to the launcher, to say why."""
+"""Time that a rank which lost a peer waits for the peer or the launcher to print the cause."""
 CAUSE_KEY = "echorl/cause"
 Store = Any
 """torch.distributed.Store, which its stubs do not name."""
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed: a peer is gone, or gave no answer in time."""
+    """Whether an error says that a collective failed, because a peer has ended or did not answer in time."""
     if isinstance(error, (dist.DistError, ConnectionError)):
         return True
     text = str(error).lower()
@@ -42,20 +42,20 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 class RankEnding:
-    """The one way out of a rank."""
+    """Ends a rank. Every way out of a rank goes through it."""
 
     def __init__(self, rank: int) -> None:
-        make_output_patient()  # what follows must not depend on who listens
+        tolerate_closed_output()  # printing must not fail if nobody reads the output any more
         self.rank = rank
         self.closers = ExitStack()
-        """Callbacks that close what the rank starts, run in reverse order."""
+        """Callbacks that close what the rank started; they run in reverse order."""
         self._store: Store | None = None
         self._peers: dict[int, tuple[str, int]] = {}
         self._world = 1
         self._ending = threading.Lock()
 
-    def meet(self, store: Store, world: int) -> None:
-        """Learn the processes of the other ranks through ``store``, which every rank has."""
+    def register_peers(self, store: Store, world: int) -> None:
+        """Exchange process ids with the other ranks through ``store``, so that a peer that has ended is noticed."""
         own = (socket.gethostname(), os.getpid())
         store.set(_process_key(self.rank), json.dumps(own))
         values = store.multi_get([_process_key(rank) for rank in range(world)])
@@ -65,7 +65,7 @@ class RankEnding:
         self._store, self._world = store, world
 
     def run(self, work: Callable[[ExitStack], int]) -> NoReturn:
-        """End the process with the exit code that ``work`` returns, or with 1 after what it raises."""
+        """Run ``work`` and end the process with the exit code that it returns, or with 1 if it raises."""
         try:
             code = work(self.closers)
         except BaseException as error:  # noqa: BLE001  whatever it is, it is printed here, and the process ends
@@ -73,10 +73,10 @@ class RankEnding:
             self._print_cause(error)
         self._end(code)
 
-    def at_once(self, why: str) -> None:
-        """End the process from another thread, with ``why`` or the peer that is gone as the cause."""
+    def end_now(self, why: str) -> None:
+        """End the process from another thread. ``why`` is printed as the cause; if empty, the peer that has ended."""
         if self._ending.acquire(blocking=False):
-            self._say(why or self._gone_peers())
+            self._print_once(why or self._gone_peers())
             _kill_and_exit(1)
         threading.Event().wait()  # the end is under way
 
@@ -89,18 +89,18 @@ class RankEnding:
             deadline = time.monotonic() + PEER_SECONDS
             while time.monotonic() < deadline and not self.peer_is_gone():
                 time.sleep(0.1)
-            time.sleep(0.5 if self.peer_is_gone() else 0.0)  # its launcher, or the peer itself, says why
+            time.sleep(0.5 if self.peer_is_gone() else 0.0)  # the launcher or the peer itself prints the cause
             if self.peer_is_gone():
-                self._say(self._gone_peers())
+                self._print_once(self._gone_peers())
                 return
-            self._say(
+            self._print_once(
                 f"rank {self.rank} on {socket.gethostname()} lost the other ranks: one of them hangs or has ended, or "
                 f"the network is broken (trainer.timeout_minutes is how long one may take): "
                 f"{first_line(error) or type(error).__name__}",
                 error,
             )
             return
-        if not self._first_to_say():
+        if not self._is_first_to_print():
             return
         if isinstance(error, UserError):
             print_error(error)
@@ -109,22 +109,22 @@ class RankEnding:
             traceback.print_exception(error)
         sys.stderr.flush()
 
-    def _say(self, why: str, error: BaseException | None = None) -> None:
-        if why and self._first_to_say():
+    def _print_once(self, why: str, error: BaseException | None = None) -> None:
+        if why and self._is_first_to_print():
             print(f"error: {why}", file=sys.stderr, flush=True)
             if error is not None:
                 traceback.print_exception(error)
 
     def _gone_peers(self) -> str:
-        """The ranks of this host that are gone; empty where the program itself started them, and says so itself."""
+        """A sentence about the ranks of this host that have ended; empty if this program's launcher prints that."""
         if OWN_LAUNCHER in os.environ:
             return ""
         gone = [f"rank {rank} (process {process} on {host})" for rank, (host, process) in self._peers.items()
                 if not _lives(process)]  # fmt: skip
         return f"{', '.join(gone)} ended without a word: rank {self.rank} cannot go on" if gone else ""
 
-    def _first_to_say(self) -> bool:
-        """Whether no rank has printed a cause yet. True, too, if the store gives no answer."""
+    def _is_first_to_print(self) -> bool:
+        """Whether no other rank has printed a cause. True also if the store does not answer."""
         if self._store is None:
             return True
         answers: list[int] = []
@@ -150,16 +150,16 @@ class RankEnding:
 
 
 OWN_LAUNCHER = "ECHORL_OWN_LAUNCHER"
-"""Environment variable of ranks that this program started: it names the rank that ended without a word."""
+"""Environment variable of ranks that this program started. Their launcher prints which rank ended without a cause."""
 
 
-def say_done(store: Store, rank: int) -> None:
-    """Leave word that a rank ends because its work is done."""
+def mark_done(store: Store, rank: int) -> None:
+    """Note in ``store`` that a rank ends because its work is done."""
     store.set(_done_key(rank), "1")
 
 
 def is_done(store: Store, rank: int) -> bool:
-    """Whether a rank has left that word."""
+    """Whether `mark_done` was called for a rank."""
     return bool(store.check([_done_key(rank)]))
 
 
@@ -167,15 +167,15 @@ def _done_key(rank: int) -> str:
     return f"echorl/done/{rank}"
 
 
-def cause_was_said(store: Store) -> bool:
-    """Whether a rank has printed why the run ends."""
+def cause_was_printed(store: Store) -> bool:
+    """Whether a rank has printed the cause of the run's end."""
     return bool(store.add(CAUSE_KEY, 0))
 
 
 def _count_up(store: Any, answers: list[int]) -> None:
     try:
         answers.append(store.add(CAUSE_KEY, 1))
-    except (RuntimeError, OSError):  # the rank that held the store is gone
+    except (RuntimeError, OSError):  # the rank that holds the store has ended
         return
 
 
@@ -191,7 +191,7 @@ def _lives(process: int) -> bool:
 
 
 def _kill_and_exit(code: int) -> NoReturn:
-    end_descendants()
+    kill_descendants()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

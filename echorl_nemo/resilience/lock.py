@@ -1,4 +1,4 @@
-"""One run in one folder."""
+"""The lock of a run folder, so that two runs never write to the same one."""
 
 import fcntl
 import os
@@ -11,14 +11,15 @@ from echorl_nemo.errors import UserError
 
 LOCK_FILE = ".lock"
 RESTART_PATIENCE_SECONDS = 90.0
-"""For a job that Slurm put back: the file server may still hold the lock of a node that was lost."""
+"""Time that a requeued job waits for the lock: the file server may still hold that of a lost node."""
 
 
 class RunLock:
-    """A POSIX lock on a file of the run folder: it goes with its process, however that ends, and works over NFS."""
+    """A POSIX lock on a file of the run folder. It ends with its process, and works over NFS."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError that names the owner if another process has the folder, or if its file system locks none."""
+        """Take the lock. Raises UserError if another process has it, which is named, or if the file system has no
+        locks."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (folder / LOCK_FILE).open("a+", encoding="utf-8")
         try:
@@ -52,4 +53,5 @@ class RunLock:
             time.sleep(1)
 
     def release(self) -> None:
+        """Give the lock back."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""Helper processes that do not outlive the rank that started them."""
+"""Ends helper processes with the rank that started them."""
 
 import contextlib
 import ctypes
@@ -8,33 +8,33 @@ import signal
 import psutil
 
 ORPHAN_MARK = "ECHORL_STARTED_BY_A_VERIFIER"
-"""Environment variable of what a verifier starts."""
+"""Environment variable of the processes that a verifier starts."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-"""prctl(2), Linux."""
+"""Options of prctl(2) on Linux."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have this process killed when its parent ends. ``parent``: the process that started it, which may be gone
-    already."""
+    """Have this process killed when its parent ends. ``parent``: the id of the process that started it, which may have
+    ended already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """Have the processes whose parent ends become children of this one, so that it can end them."""
+    """Make descendants whose parent ends children of this process, so that it can end them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def mark_what_follows() -> None:
-    """Have the programs that this process starts from now on known to `end_orphans`, whatever session they are in."""
+def mark_child_processes() -> None:
+    """Mark the processes that this one starts from now on, so that `kill_orphans` recognises them in any session."""
     os.environ[ORPHAN_MARK] = "1"
 
 
-def end_orphans() -> None:
-    """Kill what the helpers of this process that have ended left behind: adopted children that are marked, or of
-    another session whose leader is gone."""
+def kill_orphans() -> None:
+    """Kill the processes that ended helpers of this process left behind: adopted children that are marked, or that
+    belong to a session whose leader has ended."""
     own_session = os.getsid(0)
     for child in psutil.Process().children():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
@@ -46,8 +46,8 @@ def end_orphans() -> None:
                 child.wait(timeout=5)
 
 
-def end_descendants() -> None:
-    """Kill every process that this one started, directly or not."""
+def kill_descendants() -> None:
+    """Kill every process that this one started, directly or indirectly."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()

@@ -1,7 +1,7 @@
-"""Pickles of a checkpoint: only what a checkpoint is made of is imported while one is read.
+"""Limits the names that the pickles of a checkpoint may import while it is read.
 
 A pickle can name any function, and reading it calls the function. torch and Megatron read several pickles of a
-checkpoint without a limit, so that Python's audit event of every look-up is watched instead (`sys.addaudithook`).
+checkpoint without a limit, so that an audit hook (`sys.addaudithook`) checks every name that a pickle looks up.
 """
 
 import builtins
@@ -21,7 +21,7 @@ MODULES = (
     "megatron.core.dist_checkpointing.mapping",
     "echorl_nemo.errors",
 )
-"""Of which every class that is defined there is harmless."""
+"""Modules in which every class is harmless."""
 NAMES = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
@@ -48,16 +48,16 @@ _refused: list[str] = []
 
 @contextmanager
 def checkpoint_classes_only(checkpoint: Path) -> Iterator[None]:
-    """While ``checkpoint`` is read, pickles may name nothing else. Raises UserError for a name that no checkpoint
-    holds, whatever the library that reads makes of it."""
+    """While ``checkpoint`` is read, refuse pickles that name anything that no checkpoint holds. Raises UserError for
+    such a name, even if the reading library raises another error."""
     if not _watching:
-        sys.addaudithook(_refuse_other_names)  # for good: a hook cannot be taken back
+        sys.addaudithook(_refuse_other_names)  # a hook cannot be removed again
         _watching.append(True)
     _reading.append(checkpoint)
     _refused.clear()
     try:
         yield
-    except Exception as error:  # the library that reads may wrap the refusal in an error of any kind
+    except Exception as error:  # the reading library may wrap the refusal in an error of any kind
         if _refused:
             raise UserError(_refused[0]) from error
         raise
@@ -78,7 +78,7 @@ def _refuse_other_names(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _is_harmless(module: str, name: str) -> bool:
-    if "." in name:  # a path through attributes leads to whatever the module imports
+    if "." in name:  # a dotted name could reach everything that the module imports
         return False
     if (module, name) in NAMES:
         return True

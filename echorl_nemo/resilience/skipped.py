@@ -1,4 +1,4 @@
-"""Batches of steps that were skipped, for a person to look at."""
+"""Saves the batches of skipped steps, so that a person can look at them."""
 
 import io
 from dataclasses import asdict
@@ -10,15 +10,16 @@ from echorl_nemo.rollout.batch import RolloutBatch
 
 SKIPPED_FOLDER = "skipped"
 KEPT = 10
-"""Newest batches that are kept: one may take hundreds of megabytes."""
+"""Number of newest batches that are kept; one may take hundreds of megabytes."""
 
 
-def keep_batch(run_dir: Path, step: int, batch: RolloutBatch, reason: str) -> Path:
-    """Write the batch of ``step`` (from 0) with the reason; `torch.load` gives a dictionary of both."""
+def save_skipped_batch(run_dir: Path, step: int, batch: RolloutBatch, reason: str) -> Path:
+    """Write the batch of ``step`` (from 0) with the reason, and return the path. `torch.load` returns a dictionary with
+    both."""
     folder = run_dir / SKIPPED_FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step + 1:06d}.pt"
-    content = io.BytesIO()  # on a full disk torch.save raises what says nothing of it
+    content = io.BytesIO()  # on a full disk torch.save would raise an error that does not say so
     torch.save({"reason": reason, "batch": asdict(batch)}, content)
     path.write_bytes(content.getbuffer())
     for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:

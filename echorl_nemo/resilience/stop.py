@@ -1,4 +1,4 @@
-"""Stopping in time: signals that ask for it, and the end of the job."""
+"""Decides when a run stops early: on a signal, or shortly before its job ends."""
 
 import os
 import signal
@@ -12,28 +12,26 @@ from types import FrameType
 from echorl_nemo.resilience.config import ResilienceConfig
 
 EXIT_REQUEUE = 75
-"""Exit code of a run that saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that has saved and has to be started again (EX_TEMPFAIL of sysexits.h)."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Each asks a run to finish its step, to save and to end."""
+"""Signals that ask a run to finish its step, save and end."""
 
-EndAtOnce = Callable[[str], None]
-"""Ends the process now; the argument says why."""
+EndNow = Callable[[str], None]
+"""Ends the process immediately; the argument is the reason."""
 
 
 @dataclass
 class StopSignals:
-    """The flag that a signal sets, from the first moment of a process on; ranks that it forks inherit it."""
+    """Receives `SIGNALS` and remembers the first. Forked ranks inherit it."""
 
     received: str = ""
-    """Name of the first signal that came."""
+    """Name of the first signal that came; empty if none has."""
 
-    def listen(
-        self, *, end_at_once: EndAtOnce | None = None, peer_is_gone: Callable[[], bool] | None = None
-    ) -> "StopSignals":
-        """Take `SIGNALS` from now on, on a thread: a rank that waits in a collective runs no Python handler.
+    def listen(self, *, end_now: EndNow | None = None, peer_is_gone: Callable[[], bool] | None = None) -> "StopSignals":
+        """Receive `SIGNALS` from now on, on a thread, since a rank that waits in a collective runs no Python handler.
 
-        ``end_at_once`` is called at a second SIGINT, and at SIGTERM if ``peer_is_gone``: torchrun sends it after a rank
-        died, and then no step can be finished.
+        ``end_now`` is called at a second SIGINT, and at SIGTERM if ``peer_is_gone``: torchrun sends SIGTERM after a
+        rank has died, and then no step can be finished.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -41,21 +39,21 @@ class StopSignals:
             signal.signal(number, self._receive)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(
-            target=self._watch, args=(reader, end_at_once, peer_is_gone), name="stop signals", daemon=True
+            target=self._watch, args=(reader, end_now, peer_is_gone), name="stop signals", daemon=True
         ).start()
         return self
 
-    def _watch(self, reader: int, end_at_once: EndAtOnce | None, peer_is_gone: Callable[[], bool] | None) -> None:
+    def _watch(self, reader: int, end_now: EndNow | None, peer_is_gone: Callable[[], bool] | None) -> None:
         interrupts = 0
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if number not in SIGNALS:
                     continue
                 interrupts += number == signal.SIGINT
-                if end_at_once is not None and interrupts > 1:
-                    end_at_once("interrupted twice: what was learnt since the last checkpoint is lost")
-                if end_at_once is not None and number == signal.SIGTERM and peer_is_gone and peer_is_gone():
-                    end_at_once("")
+                if end_now is not None and interrupts > 1:
+                    end_now("interrupted twice: the steps since the last checkpoint are lost")
+                if end_now is not None and number == signal.SIGTERM and peer_is_gone and peer_is_gone():
+                    end_now("")
                 self._receive(number, None)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -64,23 +62,23 @@ class StopSignals:
 
 @dataclass
 class StopRequest:
-    """Whether this rank wants to stop, which is asked between steps."""
+    """Decides between steps whether this rank asks to stop the run."""
 
     config: ResilienceConfig
     deadline: float | None
-    """When the job ends, seconds since the epoch."""
+    """End of the job, seconds since the epoch; None if it is not known."""
     signals: StopSignals = field(default_factory=StopSignals)
     longest: dict[str, float] = field(default_factory=dict)
-    """Seconds of the longest `step` and `save` so far."""
+    """Longest duration of a `step` and of a `save` so far, seconds."""
     clock: Callable[[], float] = time.time
-    """Seconds since the epoch."""
+    """Returns the time, seconds since the epoch."""
 
-    def took(self, what: str, seconds: float) -> None:
-        """Learn how long a `step` or a `save` takes."""
+    def record_duration(self, what: str, seconds: float) -> None:
+        """Record the duration of a `step` or a `save`."""
         self.longest[what] = max(seconds, self.longest.get(what, 0.0))
 
     def reason(self) -> str:
-        """Why this rank wants to stop now; empty if it does not."""
+        """The reason to stop now; empty if there is none."""
         if self.signals.received:
             return self.signals.received
         now = self.clock()
@@ -94,8 +92,8 @@ class StopRequest:
 
 
 @contextmanager
-def keeping_handlers() -> Iterator[None]:
-    """Whatever a library does with these signals meanwhile, as Ray does, they are this process's again afterwards."""
+def preserve_signal_handlers() -> Iterator[None]:
+    """Restore the handlers of `SIGNALS` afterwards, which a library such as Ray may replace meanwhile."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -105,7 +103,7 @@ def keeping_handlers() -> Iterator[None]:
 
 
 def job_deadline(config: ResilienceConfig) -> float | None:
-    """When this job ends, seconds since the epoch; None where that is not known."""
+    """The end of this job, seconds since the epoch; None if it is not known."""
     if config.time_limit_minutes:
         start = float(os.environ.get("SLURM_JOB_START_TIME") or time.time())
         return start + 60 * config.time_limit_minutes

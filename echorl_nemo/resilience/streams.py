@@ -1,12 +1,12 @@
-"""Output that nobody can read any more costs a run nothing: a terminal that hung up, a pipe without a reader, a log on
-a full disk. The first write that fails is the last that is tried."""
+"""Output streams that do not raise when writing fails, as on a closed terminal, a pipe without a reader, or a full
+disk. After the first failure nothing more is written."""
 
 import os
 import sys
 from typing import Any
 
 
-class PatientStream:
+class TolerantStream:
     """A text stream whose failures to write are not raised."""
 
     def __init__(self, stream: Any, descriptor: int) -> None:
@@ -14,6 +14,7 @@ class PatientStream:
         self._stream, self._descriptor = stream, descriptor
 
     def write(self, text: str) -> int:
+        """Write ``text``; after a failure it is dropped."""
         try:
             return int(self._stream.write(text))
         except OSError:
@@ -21,6 +22,7 @@ class PatientStream:
             return len(text)
 
     def flush(self) -> None:
+        """Write out what is buffered; after a failure it is dropped."""
         try:
             self._stream.flush()
         except OSError:
@@ -30,12 +32,13 @@ class PatientStream:
         return getattr(self._stream, name)
 
     def _write_to_nowhere(self) -> None:
+        """Redirect the descriptor to the null device."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._descriptor)
         os.close(nowhere)
 
 
-def make_output_patient() -> None:
-    """Of this process, standard output and standard error."""
-    if not isinstance(sys.stdout, PatientStream):
-        sys.stdout, sys.stderr = PatientStream(sys.stdout, 1), PatientStream(sys.stderr, 2)
+def tolerate_closed_output() -> None:
+    """Replace standard output and standard error of this process by a `TolerantStream` each."""
+    if not isinstance(sys.stdout, TolerantStream):
+        sys.stdout, sys.stderr = TolerantStream(sys.stdout, 1), TolerantStream(sys.stderr, 2)

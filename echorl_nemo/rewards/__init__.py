@@ -1,4 +1,4 @@
-"""Verifiers: (response, reference answer) to a reward, 1.0 for a verified success."""
+"""Verifiers, which give a response its reward by its reference answer: 1.0 for a verified success."""
 
 from echorl_nemo.rewards.exact import exact_line
 from echorl_nemo.rewards.pool import TIMED_OUT, Verdict, VerifierPool

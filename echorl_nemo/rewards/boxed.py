@@ -1,4 +1,4 @@
-r"""What a response boxes: \boxed{} and \fbox{}, found in one pass over the text."""
+r"""Finds the content of \boxed{} and \fbox{} in one pass over a text."""
 
 import re
 
@@ -6,12 +6,12 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_box(text: str) -> tuple[int, str] | None:
-    r"""(place, content) of the box that opens last, of those that close; None without one.
+    r"""(position, content) of the box that opens last among those that are closed; None if there is none.
 
     Braces in the content are balanced; \{ and \} do not count as braces. The time is linear in the text.
     """
     best: tuple[int, int] | None = None
-    opened: list[int] = []  # where the content of a box starts, 0 for another brace
+    opened: list[int] = []  # position where the content of a box starts, 0 for another brace
     for token in _TOKEN.finditer(text):
         word = token[0]
         if word == "}":

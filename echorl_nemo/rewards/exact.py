@@ -1,4 +1,4 @@
-"""Exact match of a marked final line."""
+"""The verifier `exact_line`: compares a marked final line."""
 
 MARKER = "A:"
 

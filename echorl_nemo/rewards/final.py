@@ -1,4 +1,4 @@
-"""The final answer of a response, as its vote among other responses."""
+"""Finds the final answer of a response, with which it votes among other responses."""
 
 import re
 
@@ -14,16 +14,16 @@ _END = re.compile(r"</answer>|\.\s|\\[)\]]|<\||</s>")
 
 
 def final_answer(response: str) -> str:
-    r"""What votes for a response: the last \boxed{} or \fbox{}; without one what follows the last `####`, `A:`,
-    `Answer:` or `answer is`, to the end of its line. Spaces and a closing dot are left out; empty if there is none.
-    The time is linear in the response."""
+    r"""The final answer of a response: the content of the last \boxed{} or \fbox{}; without one the text after the last
+    `####`, `A:`, `Answer:` or `answer is`, up to the end of its line. Spaces and a final dot are removed; empty if
+    there is no answer. The time is linear in the response."""
     box = last_box(response)
     text = box[1] if box is not None else _marked(response)
     return "".join(text.split()).rstrip(".*$`")
 
 
 def _marked(response: str) -> str:
-    """What follows the last marker that anything follows."""
+    """The text after the last marker that is followed by any text."""
     for mark in reversed(list(_MARK.finditer(response))):
         lead = _LEAD.match(response, mark.end())
         assert lead is not None  # it matches the empty text too

@@ -1,4 +1,4 @@
-"""Mathematical equality, by math-verify."""
+"""The verifier `math`: compares answers mathematically, by math-verify."""
 
 import re
 from decimal import Decimal
@@ -11,15 +11,16 @@ from echorl_nemo.rewards.boxed import last_box
 from echorl_nemo.rewards.final import final_answer
 
 RELATIVE_TOLERANCE = 1e-6
-"""Between a decimal and an exact number: math-verify compares to six decimals, whatever their size."""
+"""Largest relative difference of a decimal and an exact number. math-verify compares six decimals, whatever the
+size."""
 
 
 def math_equal(response: str, answer: str) -> float:
     r"""1.0 if the response's final answer equals the reference mathematically; else 0.0.
 
-    The final answer is the last \boxed{} or \fbox{}; without one, the last expression that math-verify finds, or what
-    `final_answer` does. Its own time limits are off, since they use an alarm signal; `VerifierPool` has one that works
-    anywhere.
+    The final answer is the last \boxed{} or \fbox{}; without one, the last expression that math-verify finds, or the
+    result of `final_answer`. math-verify's own time limits are off, since they use an alarm signal; `VerifierPool` has
+    a time limit.
     """
     box = last_box(response)
     if box is not None:
@@ -32,7 +33,7 @@ def _compare(text: str, answer: str, *, boxed: bool) -> float:
     gold, gold_percent = _without_percent(plain_numbers(answer))
     if _equal(given, gold, boxed=boxed):
         return 1.0
-    # 50 % is read as 50, and where only one side has the sign also as 0.5
+    # 50 % is read as 50; if only one side has the sign it is also read as 0.5
     if percent != gold_percent:
         hundredths = [rf"({side})/100" if sign else side for side, sign in ((given, percent), (gold, gold_percent))]
         return float(_equal(*hundredths, boxed=True))
@@ -48,7 +49,8 @@ def _equal(given: str, gold: str, *, boxed: bool) -> bool:
 
 
 def _numbers_agree(gold: Any, found: Any) -> bool:
-    """False for two numbers that differ by more than `RELATIVE_TOLERANCE`, at all if both are exact; else True."""
+    """False if both are numbers and differ: exact numbers at all, others by more than `RELATIVE_TOLERANCE`. Otherwise
+    True."""
     if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_finite for value in (gold, found)):
         return True
     difference = gold - found
@@ -68,7 +70,8 @@ _FINAL_DOT = re.compile(r"(?<=\d)[.,]\s*$")
 
 
 def plain_numbers(text: str) -> str:
-    r"""``text`` with numbers as math-verify reads them: `1\,234`, `90°`, `0.\overline{3}`, `1 1/2`, `1.5e3`, `5.`."""
+    r"""``text`` with numbers such as `1\,234`, `90°`, `0.\overline{3}`, `1 1/2`, `1.5e3` and `5.` rewritten so that
+    math-verify can read them."""
     text = _DEGREES.sub("", _SPACES.sub(" ", _GROUPING.sub("", text)))
     text = _REPEATING.sub(_fraction, text)
     text = _MIXED.sub(r"(\1+\2/\3)", text)

@@ -1,4 +1,5 @@
-"""Verifiers in worker processes with a time limit: one that hangs, crashes or prints does not stop a run."""
+"""Runs verifiers in worker processes with a time limit, so that one which hangs, crashes or prints cannot stop a
+run."""
 
 import math
 import multiprocessing
@@ -12,32 +13,32 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from echorl_nemo.resilience.orphans import adopt_orphans, die_with_parent, end_orphans, mark_what_follows
-from echorl_nemo.rewards.verifiers import INSTANT, Verifier, find_verifier, takes_row
+from echorl_nemo.resilience.orphans import adopt_orphans, die_with_parent, kill_orphans, mark_child_processes
+from echorl_nemo.rewards.verifiers import IN_PROCESS, Verifier, find_verifier, takes_row
 
 TIMED_OUT = "timed out"
-"""How the failure of a verifier that took too long begins."""
+"""Beginning of the `failure` of a verdict that took too long."""
 
 
 FAILURE_CHARACTERS = 2000
 LARGEST_REWARD = 1e6
-"""Rewards are float32, and their squares are summed over a group."""
+"""Largest absolute reward: rewards are float32, and their squares are summed over a group."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier said of one response."""
+    """The result of a verifier for one response."""
 
     reward: float
     failure: str = ""
-    """Why there is no answer: `timed out`, `crashed`, or what was raised; the reward is 0 then."""
+    """The reason if the verifier gave no result: `timed out`, `crashed`, or what it raised. Then the reward is 0."""
 
 
 class VerifierPool:
     """Runs verifiers on pairs of response and reference answer."""
 
     def __init__(self, names: Sequence[str], *, workers: int, timeout_seconds: float) -> None:
-        """``names`` as in `find_verifier`. Worker processes start with the first pair that needs one."""
+        """``names``: as in `find_verifier`. Worker processes start with the first pair that needs one."""
         self.names = tuple(names)
         self._workers, self._timeout = workers, timeout_seconds
         self._pool: ProcessPool | None = None
@@ -45,24 +46,24 @@ class VerifierPool:
     def score(
         self, pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, list[Verdict]]:
-        """By verifier, the verdict on each (response, answer) pair, in order. ``rows``: the data's row of each, for
-        verifiers that take one; none of them is asked for others."""
+        """The verdicts on (response, answer) pairs, in order, by verifier. ``rows``: the row of the data for each pair,
+        for verifiers that take one; may be empty otherwise."""
         return {name: self._score(name, pairs, rows) for name in self.names}
 
     def close(self) -> None:
-        """End the workers, and what verifiers started in them."""
+        """End the worker processes, and the processes that verifiers started in them."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
-            end_orphans()
+            kill_orphans()
 
     def _score(self, name: str, pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        if name in INSTANT:
-            return [Verdict(INSTANT[name](*pair)) for pair in pairs]
+        if name in IN_PROCESS:
+            return [Verdict(IN_PROCESS[name](*pair)) for pair in pairs]
         if self._pool is None:
             adopt_orphans()
-            # spawned: a fork would share the threads and sockets of a rank
+            # spawned, since a forked process would share the threads and sockets of the rank
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 initializer=_start_worker,
@@ -75,8 +76,8 @@ class VerifierPool:
             for pair, row in zip(pairs, wanted, strict=True)
         ]
         verdicts = [self._verdict(future) for future in futures]
-        if any(verdict.failure for verdict in verdicts):  # a worker that was killed left its children
-            end_orphans()
+        if any(verdict.failure for verdict in verdicts):  # a killed worker may have left its children
+            kill_orphans()
         return verdicts
 
     def _verdict(self, future: ProcessFuture) -> Verdict:
@@ -91,9 +92,9 @@ class VerifierPool:
 
 def _start_worker(names: Sequence[str], rank: int) -> None:
     die_with_parent(rank)
-    os.setsid()  # by its session what a verifier forks is known; and a terminal's ctrl-C is the rank's
-    mark_what_follows()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a verifier prints is no output of the run
+    os.setsid()  # its session identifies what a verifier forks, and ctrl-C of a terminal does not reach it
+    mark_child_processes()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a verifier prints is not output of the run
     for name in names:
         _cached_verifier(name)  # imports do not count against the first pair's time
 
@@ -104,7 +105,7 @@ def _cached_verifier(name: str) -> Verifier:
 
 
 def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> tuple[float, str]:
-    """Reward and failure. Nothing of the verifier's own crosses to the rank, which may not be able to read it."""
+    """Reward and failure as plain values: the rank might not be able to unpickle an object of the verifier's own."""
     worker, verifier = os.getpid(), _cached_verifier(name)
     try:
         given: Any = verifier(response, answer, row) if takes_row(verifier) else verifier(response, answer)
@@ -112,13 +113,13 @@ def _verify(name: str, response: str, answer: str, row: Mapping[str, Any]) -> tu
     except BaseException as error:  # noqa: BLE001  whatever a user's verifier raises, sys.exit() too, is a failed verdict
         reward, failure = 0.0, _plain(f"raised {type(error).__name__}: {error}")
     finally:
-        if os.getpid() != worker:  # a copy that the verifier forked must not answer too
+        if os.getpid() != worker:  # a process that the verifier forked must not return a second result
             os._exit(0)
     return reward, failure
 
 
 def _as_number(reward: Any) -> float:
-    """The reward that a verifier returned. Raises for what is none."""
+    """The reward that a verifier returned, as a float. Raises TypeError or ValueError if it is not a valid reward."""
     if callable(getattr(reward, "item", None)):  # a number of numpy or torch
         reward = reward.item()
     if not isinstance(reward, (int, float)) or not math.isfinite(reward):
@@ -129,5 +130,5 @@ def _as_number(reward: Any) -> float:
 
 
 def _plain(text: str) -> str:
-    """At most `FAILURE_CHARACTERS` that any file takes."""
+    """``text`` cut to `FAILURE_CHARACTERS`, and escaped so that it can be written as UTF-8."""
     return text[:FAILURE_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Verifiers by name."""
+"""Finds verifiers by name."""
 
 import importlib
 import inspect
@@ -12,17 +12,17 @@ from echorl_nemo.rewards.exact import exact_line
 Verifier = Callable[..., float]
 """(response, reference answer) -> reward, or (response, reference answer, row) -> reward."""
 
-INSTANT: dict[str, Callable[[str, str], float]] = {"exact_line": exact_line, "choice": choice}
-"""Their time is linear in the text and they cannot crash, so that they need no process of their own."""
+IN_PROCESS: dict[str, Callable[[str, str], float]] = {"exact_line": exact_line, "choice": choice}
+"""Verifiers that run in the rank's process: their time is linear in the text, and they cannot crash."""
 
 
 def find_verifier(name: str) -> Verifier:
-    """The verifier ``name``: `exact_line`, `choice`, `math` (math-verify), or one's own, `package.module:function`.
+    """The verifier ``name``: `exact_line`, `choice`, `math` (math-verify), or a user's `package.module:function`.
 
-    Raises UserError if there is none.
+    Raises UserError if there is no such verifier.
     """
-    if name in INSTANT:
-        return INSTANT[name]
+    if name in IN_PROCESS:
+        return IN_PROCESS[name]
     if name == "math":
         from echorl_nemo.rewards.math import math_equal  # sympy is slow to import
 
@@ -36,35 +36,35 @@ def find_verifier(name: str) -> Verifier:
         verifier = getattr(importlib.import_module(module_name), function_name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the module of a user may raise anything, sys.exit() too
+    except BaseException as error:  # a user's module may raise anything, also by sys.exit()
         cause = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
         raise UserError(f"reward {name!r} cannot be imported: {cause}; is its folder on PYTHONPATH?") from error
     if not callable(verifier):
-        raise UserError(f"reward {name!r} is no function of (response, answer)")
+        raise UserError(f"reward {name!r} is not a function of (response, answer)")
     if _positional(verifier) not in (2, 3):
-        raise UserError(f"reward {name!r} is no function of (response, answer) or (response, answer, row)")
+        raise UserError(f"reward {name!r} is not a function of (response, answer) or (response, answer, row)")
     return verifier
 
 
 def takes_row(verifier: Verifier) -> bool:
-    """Whether a verifier wants the data's row, the prompt and every other column, as its third argument."""
+    """Whether a verifier takes the row of the data, with the prompt and all other columns, as a third argument."""
     return _positional(verifier) == 3
 
 
 def reference_problem(name: str, answer: str) -> str:
-    """Why no response could ever match a reference answer; empty if one could."""
+    """The reason why no response can match a reference answer; empty if one can."""
     if name == "choice" and not letter_of(answer):
-        return f"{answer!r} is no letter from A to J, and the verifier choice compares letters"
+        return f"{answer!r} is not a letter from A to J, and the verifier choice compares letters"
     if name == "exact_line" and len(answer.strip().splitlines()) > 1:
         return f"{answer!r} has several lines, and the verifier exact_line reads one"
     return ""
 
 
 def _positional(function: Callable[..., Any]) -> int:
-    """Arguments that a function must be, or may be, given by position, at most 3; 2 where that cannot be known."""
+    """Number of positional arguments to call a function with: 2 or 3. 2 if its signature cannot be known."""
     try:
         parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a function of C
+    except (TypeError, ValueError):  # a function written in C
         return 2
     kinds = [parameter.kind for parameter in parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:

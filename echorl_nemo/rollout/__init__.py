@@ -1,1 +1,1 @@
-"""Who generates: the record of rollouts, the protocol of engines, sampling."""
+"""Rollouts: the batch that holds them, the protocol of rollout engines, sampling, packing, TensorRT-LLM."""

@@ -1,7 +1,7 @@
-"""The record that travels through a training step.
+"""The batch of rollouts that the phases of a training step pass on.
 
-It lives in host memory, and every rank holds the whole batch, so that advantages and EchoClips are computed on the
-same numbers everywhere. Generation, scoring and updates split it over data-parallel ranks by themselves.
+It is in host memory, and every rank holds the whole batch, so that advantages and EchoClips are computed from the same
+numbers everywhere. Generation, scoring and updates split it over data-parallel ranks internally.
 
 Shapes: N rollouts, S positions (longest prompt and response of the batch).
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class RolloutBatch:
-    """Rollouts of some prompts, filled in from one phase of a step to the next.
+    """Rollouts of some prompts. Each phase of a training step fills in further fields.
 
-    Every [N, S] tensor is aligned to the token it speaks of: ``logprobs[:, t]`` belongs to the distribution that
-    PRODUCED token t (the logits of position t-1). All are 0 or False outside the response.
+    Every [N, S] tensor is aligned to the produced token: ``old_logprobs[:, t]`` belongs to the distribution that
+    produced token t (the logits of position t-1). All are 0 or False outside the response.
     """
 
     tokens: Tensor
@@ -27,9 +27,9 @@ class RolloutBatch:
     response_mask: Tensor
     """[N, S] bool."""
     lengths: Tensor
-    """[N] int64: tokens of prompt and response."""
+    """[N] int64: number of tokens of prompt and response together."""
     finished: Tensor
-    """[N] bool: ended by a stop token; False if truncated."""
+    """[N] bool: True if a stop token ended the response; False if it was truncated."""
     group_ids: Tensor
     """[N] int64: the same for the rollouts of one prompt, unique in the run."""
     answers: list[str] = field(default_factory=list)
@@ -39,36 +39,36 @@ class RolloutBatch:
     responses: list[str] = field(default_factory=list)
     """N responses as text, without special tokens unless `model.keep_special_tokens`."""
     rows: list[Mapping[str, Any]] = field(default_factory=list)
-    """N rows of the data, for verifiers that take one; empty where none does."""
+    """N rows of the data for verifiers that take one; empty if none does."""
     rollout_logprobs: Tensor | None = None
-    """[N, S] float32 nats, under the distribution sampled from before top-p and top-k."""
+    """[N, S] float32 nats: log-probs of the rollout engine, at the sampling temperature, before top-p and top-k."""
     rewards: Tensor | None = None
-    """[N] float32, before any shaping."""
+    """[N] float32: the reward of the deciding verifier, before any shaping."""
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
-    """[N] float32 of each verifier, by its name."""
+    """[N] float32: the reward of each verifier, by its name."""
     advantages: Tensor | None = None
     """[N] float32."""
     counted: Tensor | None = None
     """[N] bool: the rollouts that take part in the policy loss."""
     old_logprobs: Tensor | None = None
-    """[N, S] float32 nats."""
+    """[N, S] float32 nats: log-probs of the policy before the step's update."""
     reference_logprobs: Tensor | None = None
-    """[N, S] float32 nats, of the reference policy."""
+    """[N, S] float32 nats: log-probs of the reference policy."""
     entropies: Tensor | None = None
     """[N, S] float32 nats, exact, at the sampling temperature."""
     clip_mask: Tensor | None = None
-    """[N, S] bool: the EchoClips."""
+    """[N, S] bool: the tokens of the EchoClips."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def response_lengths(self) -> Tensor:
-        """[N] int64 tokens."""
+        """[N] int64: number of tokens of each response."""
         return self.response_mask.sum(dim=1)
 
     def select(self, rows: Tensor | Sequence[int]) -> "RolloutBatch":
-        """The rollouts ``rows`` (int64 indices), with the padding that they do not need cut off."""
+        """A batch of the rollouts with the indices ``rows``, as wide as the longest of them."""
         index = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.lengths[index].max()) if len(index) else 0
         changed: dict[str, object] = {}
@@ -84,7 +84,8 @@ class RolloutBatch:
 
 
 def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """One batch of all rollouts, in order, padded to the longest. Fields must be filled in alike."""
+    """One batch with the rollouts of all ``batches``, in order, padded to the longest. The same fields must be filled
+    in in all of them."""
     width = max(batch.tokens.shape[1] for batch in batches)
     joined: dict[str, object] = {}
     for spec in fields(RolloutBatch):
@@ -101,5 +102,5 @@ def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
 
 
 def pad_columns(values: Tensor, width: int) -> Tensor:
-    """``values`` [N, S] with zeros (False) on the right up to ``width`` columns."""
+    """``values`` [N, S] padded with 0 or False on the right to ``width`` columns."""
     return torch.nn.functional.pad(values, (0, width - values.shape[1]))

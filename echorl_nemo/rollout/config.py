@@ -1,27 +1,27 @@
-"""How rollouts are generated."""
+"""Configuration of the rollouts and of the engines that generate them."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.ops.ranges import check_fields, number, word
+from echorl_nemo.ops.ranges import check_fields, choice, number
 
 ENGINES = ("megatron", "trtllm", "vllm")
 
 
 @dataclass(kw_only=True)
 class TrtllmConfig:
-    """TensorRT-LLM's engine, where `rollout.engine` is trtllm (docs/tensorrt_llm.md)."""
+    """Settings of TensorRT-LLM, for `rollout.engine=trtllm` (docs/tensorrt_llm.md)."""
 
     replicas: int = number(1, "[1, 4096]")
-    """Engines, each with the whole model; rollouts are spread over them."""
+    """Number of engines, each with the whole model. The rollouts are distributed over them."""
 
     tensor_parallel: int = number(1, "[1, 1024]")
     """GPUs of each engine, all on one node."""
 
     colocated: bool = True
-    """Whether the engines use the trainer's GPUs and give their memory back for training. A training run needs
-    true: weights travel by handles of shared GPUs' memory."""
+    """Whether the engines use the trainer's GPUs and free their memory for training. A training run needs true: weights
+    are transferred through memory of a shared GPU."""
 
     gpu_memory_fraction: float = number(0.6, "(0, 1)")
     """Share of a GPU's free memory for the KV cache."""
@@ -30,17 +30,17 @@ class TrtllmConfig:
     """Tokens of one engine step; longer prompts are prefilled in chunks."""
 
     refit_bucket_mb: int = number(1024, "[1, 1000000]")
-    """MiB of weights that travel at a time; so much more memory is needed meanwhile."""
+    """MiB of weights that are transferred at a time, which need that much more memory."""
 
     timeout_minutes: float = number(25.0, "(0, 100000]")
-    """How long the engine may take for one call: to start, for all rollouts of a step, for a part of the weights. Then
-    it counts as hanging, and is started again. Below `trainer.timeout_minutes`, which is how long other ranks wait."""
+    """Time limit of one call of the engine: its start, all rollouts of a step, one part of the weights. After it the
+    engine is restarted. It must be less than `trainer.timeout_minutes`, the time that other ranks wait."""
 
     max_waiting_tokens: int = number(1 << 26, "[1, 1000000000000]")
-    """Tokens whose entropies may wait in a worker to be collected, 24 bytes each; more is an error."""
+    """Largest number of tokens whose entropies wait in a worker to be collected, 24 bytes each; more is an error."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of AsyncLLM, which come last. Those under which entropies would be wrong are refused."""
+    """Further arguments of AsyncLLM, which override others. Those under which entropies would be wrong are refused."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rollout.trtllm", error=UserError)
@@ -48,10 +48,10 @@ class TrtllmConfig:
 
 @dataclass(kw_only=True)
 class VllmConfig:
-    """vLLM's engine in NeMo-RL, where `rollout.engine` is vllm."""
+    """Settings of vLLM in NeMo-RL, for `rollout.engine=vllm`."""
 
     tensor_parallel: int | None = number(None, "[1, 1024]", "null is parallel.tensor")
-    """GPUs of each engine. Null: as many as share a layer in training, `parallel.tensor`."""
+    """GPUs of each engine. Null: `parallel.tensor`, the number that share a layer in training."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rollout.vllm", error=UserError)
@@ -59,20 +59,20 @@ class VllmConfig:
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """How rollouts are generated."""
+    """Settings of generation."""
 
-    engine: str = word("megatron", ENGINES)
-    """Who generates: `megatron`, the policy itself with the trainer's own inference; `trtllm`, TensorRT-LLM; `vllm`, in
-    NeMo-RL alone."""
+    engine: str = choice("megatron", ENGINES)
+    """Rollout engine: `megatron`, the policy itself with Megatron-Core's inference; `trtllm`, TensorRT-LLM; `vllm`,
+    only in NeMo-RL."""
 
     group_size: int = number(8, "[1, 65536]")
-    """G, rollouts of each prompt."""
+    """Number of rollouts of each prompt, G."""
 
     max_new_tokens: int = number(1024, "[1, 10000000]")
     """Longest response, in tokens; a response that reaches it without a stop token is truncated."""
 
     temperature: float = number(1.0, "(0, 100]", "at 0 the rollouts of a group would be alike")
-    """Divides the logits, in sampling, scoring and training alike."""
+    """Divisor of the logits in sampling, scoring and training."""
 
     top_p: float = number(1.0, "(0, 1]", "1 is off")
     """Sample from the smallest set of tokens that holds this probability; 1 is off."""
@@ -82,12 +82,12 @@ class RolloutConfig:
 
     batch_size: int = number(64, "[1, 1000000]")
     """Rollouts that one model replica generates at a time. With `megatron` the KV cache is allocated for all of them at
-    full length: 2 x layers x key-value heads x head width x 2 bytes of bf16 for each token, over the tensor-parallel
-    ranks."""
+    full length: for each token 2 x layers x key-value heads x head width x 2 bytes (bf16), split over the
+    tensor-parallel ranks."""
 
     check_share: float = number(0.01, "[0, 1]")
-    """Share of the rollouts on which engine and policy are compared where that is not had for nothing: the policy
-    scores them although it need not, and TensorRT-LLM returns its largest log-probs. 0 is off."""
+    """Share of the rollouts on which engine and policy are compared, if the comparison takes extra work: the policy
+    scores them although the scoring pass is skipped, and TensorRT-LLM also returns its largest log-probs. 0 is off."""
 
     trtllm: TrtllmConfig = field(default_factory=TrtllmConfig)
     """Settings of TensorRT-LLM."""

@@ -1,4 +1,4 @@
-"""What every rollout engine offers, and what it asks of the trainer."""
+"""The protocol of rollout engines, and the protocols of what the trainer gives them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -10,10 +10,10 @@ from echorl_nemo.rollout.batch import RolloutBatch
 
 
 class EngineError(RuntimeError):
-    """An engine that died, or gave no answer in time. Raised on every rank alike; a new one may do."""
+    """A rollout engine has died, or did not answer in time. Raised on every rank alike; a restart may help."""
 
     def __init__(self, what: str, log: str = "") -> None:
-        """``log``: the end of what the engine printed."""
+        """``log``: the last lines that the engine printed."""
         super().__init__(what, log)
         self.log = log
 
@@ -22,32 +22,32 @@ class EngineError(RuntimeError):
 
 
 class WeightSource(Protocol):
-    """A policy whose weights an engine takes over. Every rank calls every method."""
+    """A policy whose weights a rollout engine loads. Every rank must call each method."""
 
     @property
     def device_key(self) -> str:
-        """This rank's GPU by a name that other processes on it share; `cpu` without one."""
+        """A name of this rank's GPU that is the same in every process; `cpu` without a GPU."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole and under its Hugging Face name, on this rank's device, one after the other."""
+        """Iterate over all weights: Hugging Face name and whole tensor, on this rank's device."""
         ...
 
 
 class Ranks(Protocol):
-    """The trainer's ranks, as an engine that one of them talks to needs them."""
+    """Communication between the trainer's ranks, for an engine that only the main rank controls."""
 
     @property
-    def main(self) -> bool:
-        """True on one rank."""
+    def is_main(self) -> bool:
+        """Whether this is the main rank."""
         ...
 
-    def share_objects(self, mine: Sequence[Any]) -> list[Any]:
-        """The concatenation, in rank order, of what each rank gives."""
+    def all_gather_objects(self, mine: Sequence[Any]) -> list[Any]:
+        """The objects of all ranks in one list, in rank order."""
         ...
 
     def barrier(self) -> None:
-        """Waits for every rank."""
+        """Wait until every rank calls this."""
         ...
 
 
@@ -57,28 +57,28 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
     ) -> RolloutBatch:
-        """``group_size`` rollouts of each prompt, those of one prompt in consecutive rows.
+        """Generate ``group_size`` rollouts of each prompt; those of a prompt are in consecutive rows.
 
         ``temperature`` overrides the configured one; 0 takes the likeliest token.
 
         The same ``seed`` gives the same rollouts whatever the parallel layout and batch size. Every rank gets the
-        whole batch; all fields up to ``responses`` are filled in, and ``rollout_logprobs`` and ``entropies`` where the
-        engine knows them.
+        whole batch. All fields up to ``rows`` are filled in, and ``rollout_logprobs`` and ``entropies`` if the engine
+        knows them.
         """
         ...
 
     def update_weights(self, policy: WeightSource) -> None:
-        """Takes over the weights of ``policy`` after an update; nothing to do where they are shared."""
+        """Load the weights of ``policy`` after an update. Does nothing if engine and policy share them."""
         ...
 
     def sleep(self) -> None:
-        """Makes room for training, where the GPUs are shared."""
+        """Free GPU memory for training, if engine and trainer share the GPUs."""
         ...
 
     def wake(self) -> None:
-        """Makes ready to generate."""
+        """Take the GPU memory back, before generating."""
         ...
 
     def close(self) -> None:
-        """Ends what the engine started."""
+        """End the processes that the engine started."""
         ...

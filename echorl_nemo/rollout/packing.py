@@ -1,4 +1,4 @@
-"""Packed rows: rollouts of different lengths one after the other in one row, without padding between them.
+"""Packed rows: rollouts of different lengths are concatenated in one row, without padding between them.
 
 Shapes: B rollouts of a micro-batch, S positions, W tokens of the row.
 """
@@ -12,34 +12,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedRow:
-    """The tokens of some rollouts as one row; what is left of the row is a sequence of its own."""
+    """The tokens of some rollouts as one row. The unused end of the row counts as one more sequence."""
 
     tokens: Tensor
     """[1, W] int64."""
     positions: Tensor
-    """[1, W] int64: of each token in its rollout."""
+    """[1, W] int64: position of each token in its rollout."""
     cu_seqlens: Tensor
-    """[B + 1] int32, or [B + 2] with what is left: where each sequence starts, and the end of the last."""
+    """[B + 1] int32, or [B + 2] with an unused end: the start of each sequence, and the end of the last."""
     longest: int
-    """Tokens of the longest sequence."""
+    """Number of tokens of the longest sequence."""
     place: Tensor
-    """[tokens of the rollouts] int64: where each stands in the rollouts' own rows, flattened."""
+    """[tokens of the rollouts] int64: index of each token in the flattened [B, S] rows of the rollouts."""
     shape: tuple[int, int]
-    """(B, S)."""
+    """(B, S), the shape of the rollouts' own rows."""
 
     def unpack(self, values: Tensor) -> Tensor:
-        """``values`` [1, W] of the row's tokens, in the rollouts' own rows: [B, S], 0 in the padding."""
+        """``values`` [1, W] of the packed row moved to the rollouts' own rows, [B, S], with 0 in the padding."""
         flat = values.new_zeros(self.shape[0] * self.shape[1])
         return flat.scatter(0, self.place, values[0, : len(self.place)]).view(self.shape)
 
     def pack(self, values: Tensor) -> Tensor:
-        """The reverse: ``values`` [B, S] along the row, [1, W]; 0 in what is left."""
+        """``values`` [B, S] of the rollouts' own rows moved to the packed row, [1, W], with 0 in its unused end."""
         packed = values.flatten()[self.place]
         return torch.nn.functional.pad(packed, (0, self.tokens.shape[1] - len(packed)))[None]
 
 
 def pack_row(tokens: Tensor, lengths: Sequence[int], width: int) -> PackedRow:
-    """One row of ``width`` tokens of ``tokens`` [B, S], of which the first ``lengths`` of each count.
+    """Pack the rows of ``tokens`` [B, S], each with its first ``lengths`` tokens, into one row of ``width`` tokens.
 
     Raises ValueError if they do not fit.
     """
@@ -47,7 +47,7 @@ def pack_row(tokens: Tensor, lengths: Sequence[int], width: int) -> PackedRow:
     if used > width:
         raise ValueError(f"{used} tokens do not fit a packed row of {width}")
     sizes += [width - used] if width > used else []
-    # indices are made on the host, where the lengths are: the device is not waited for
+    # the indices are made on the host, where the lengths are, so that there is no wait for the device
     columns = [torch.arange(size) for size in sizes]
     starts = range(0, tokens.numel(), tokens.shape[1])
     row = PackedRow(
@@ -64,8 +64,9 @@ def pack_row(tokens: Tensor, lengths: Sequence[int], width: int) -> PackedRow:
     return row
 
 
-def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The indices of ``lengths`` in as few rows of ``capacity`` tokens as first-fit decreasing finds.
+def pack_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute rollouts with ``lengths`` over rows of ``capacity`` tokens, by first-fit decreasing. Returns the
+    indices of the rollouts in each row.
 
     Raises ValueError for a length above ``capacity``.
     """

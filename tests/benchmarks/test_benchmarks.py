@@ -67,7 +67,7 @@ def test_the_probes_benchmark_runs_against_the_stub(tiny_chain: Path, capsys: py
         assert trtllm_probe.main([*command, "--repetitions=1"]) == 1
 
 
-def test_a_fault_in_any_phase_leaves_nothing_and_is_told_once(in_repository: Path) -> None:
+def test_a_fault_in_any_phase_leaves_nothing_and_is_reported_once(in_repository: Path) -> None:
     """A seeded 12 of the 192 combinations."""
     command = [sys.executable, "-m", "benchmarks.faults", "--sample", "12"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)

@@ -27,13 +27,13 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a list": ("[1]", {}, "a JSON list, not an object"),
     "a number": ("3", {}, "a JSON int, not an object"),
     "null": ("null", {}, "a JSON NoneType, not an object"),
-    "no prompt": ({"answer": "3"}, {}, "prompt=None is no text"),
-    "null prompt": ({**GOOD, "prompt": None}, {}, "prompt=None is no text"),
-    "number for a prompt": ({**GOOD, "prompt": 5}, {}, "prompt=5 is no text"),
+    "no prompt": ({"answer": "3"}, {}, "prompt=None is neither a text"),
+    "null prompt": ({**GOOD, "prompt": None}, {}, "prompt=None is neither a text"),
+    "number for a prompt": ({**GOOD, "prompt": 5}, {}, "prompt=5 is neither a text"),
     "empty prompt": ({**GOOD, "prompt": ""}, {}, "prompt is empty"),
     "no messages": ({**GOOD, "prompt": []}, {}, "prompt is empty"),
-    "messages without a role": ({**GOOD, "prompt": [{"content": "x"}]}, {}, "no list of chat messages"),
-    "messages of texts": ({**GOOD, "prompt": ["x"]}, {}, "no list of chat messages"),
+    "messages without a role": ({**GOOD, "prompt": [{"content": "x"}]}, {}, "nor a list of chat messages"),
+    "messages of texts": ({**GOOD, "prompt": ["x"]}, {}, "nor a list of chat messages"),
     "null content": (_message(None), {}, "the content of a user message is None"),
     "number for content": (_message(5), {}, "the content of a user message is 5"),
     "an image": (_message([{"type": "image", "url": "x"}]), {}, "the content of a user message is"),
@@ -41,36 +41,36 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "half a surrogate in a prompt": ({**GOOD, "prompt": "\ud83d"}, {}, "prompt holds '\\ud83d', half of a surrogate"),
     "half a surrogate in content": (_message("\ud83d"), {}, "half of a surrogate pair"),
     "half a surrogate in an answer": ({**GOOD, "answer": "\ud83d"}, {}, "answer holds '\\ud83d'"),
-    "no answer": ({"prompt": "6a+7"}, {}, "answer=None is no text or number"),
-    "null answer": ({**GOOD, "answer": None}, {}, "answer=None is no text or number"),
-    "list for an answer": ({**GOOD, "answer": ["1", "2"]}, {}, "is no text or number"),
-    "object for an answer": ({**GOOD, "answer": {"a": 1}}, {}, "is no text or number"),
+    "no answer": ({"prompt": "6a+7"}, {}, "answer=None is not a text or a number"),
+    "null answer": ({**GOOD, "answer": None}, {}, "answer=None is not a text or a number"),
+    "list for an answer": ({**GOOD, "answer": ["1", "2"]}, {}, "is not a text or a number"),
+    "object for an answer": ({**GOOD, "answer": {"a": 1}}, {}, "is not a text or a number"),
     "empty answer": ({**GOOD, "answer": ""}, {}, "answer='' is empty: no response could match it"),
     "blank answer": ({**GOOD, "answer": " \n"}, {}, "is empty: no response could match it"),
-    "NaN answer": ('{"prompt": "6a+7", "answer": NaN}', {}, "answer=nan is no text or number"),
-    "infinite answer": ('{"prompt": "6a+7", "answer": Infinity}', {}, "answer=inf is no text or number"),
+    "NaN answer": ('{"prompt": "6a+7", "answer": NaN}', {}, "answer=nan is not a text or a number"),
+    "infinite answer": ('{"prompt": "6a+7", "answer": Infinity}', {}, "answer=inf is not a text or a number"),
     "several lines for exact_line": ({**GOOD, "answer": "1\n2"}, {"reward": "exact_line"}, "has several lines"),
     "no letter for a further reward": (
-        {**GOOD, "answer": "2"}, {"extra_rewards": [ExtraReward(name="choice", weight=0.1)]}, "'2' is no letter",
+        {**GOOD, "answer": "2"}, {"extra_rewards": [ExtraReward(name="choice", weight=0.1)]}, "'2' is not a letter",
     ),
     "blank prompt": ({**GOOD, "prompt": " \n"}, {}, "prompt is empty"),
     "the assistant's turn last": (
         {**GOOD, "prompt": [{"role": "user", "content": "6a+7"}, {"role": "assistant", "content": "3"}]}, {},
         "the last message is the assistant's",
     ),
-    "template of a method": ({**GOOD, "x": "5"}, {"answer_template": "{{ x.upper }}"}, "is no text or number"),
+    "template of a method": ({**GOOD, "x": "5"}, {"answer_template": "{{ x.upper }}"}, "is not a text or a number"),
     "template that runs code": (
         GOOD, {"answer_template": "{{ cycler.__init__.__globals__.os.getcwd() }}"}, "data.answer_template: access to",
     ),
     "digits without end": ('{"prompt": "6a+7", "answer": ' + "1" * 5000 + "}", {}, "not JSON in UTF-8"),
-    "no letter": ({**GOOD, "answer": "2"}, {"reward": "choice"}, "'2' is no letter from A to J"),
+    "no letter": ({**GOOD, "answer": "2"}, {"reward": "choice"}, "'2' is not a letter from A to J"),
     "template of null": (
         {**GOOD, "reward_model": {"ground_truth": None}}, {"answer_template": "{{ reward_model.ground_truth }}"},
-        "data.answer_template: None is no text or number",
+        "data.answer_template: None is not a text or a number",
     ),
     "template of a list": (
         {**GOOD, "reward_model": {"ground_truth": ["1", "2"]}}, {"answer_template": "{{ reward_model.ground_truth }}"},
-        "data.answer_template: ['1', '2'] is no text or number",
+        "data.answer_template: ['1', '2'] is not a text or a number",
     ),
     "template that gives nothing": ({**GOOD, "x": ""}, {"answer_template": "{{ x }}"}, "data.answer_template='' is"),
     "template without a box": ({**GOOD, "x": "5"}, {"answer_template": "{{ x | last_boxed }}"}, "no \\boxed{} that"),
@@ -155,7 +155,7 @@ def test_tables_are_read(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> N
     assert [p.answer for p in load(path, tokenizer).all()] == ["007", "NA"]
     path.write_text(f"prompt{comma}answer\n6a+7{comma}1{comma}3\n6a+7\n")
     assert [problem.split(": ")[1] for problem in problems(path, tokenizer)] == [
-        "the row has not as many values as the header; correct it"
+        "the row and the header have different numbers of values; correct it"
     ] * 2
     path.write_bytes(b"prompt\xff\n")
     assert "no table in UTF-8" in problems(path, tokenizer)[0]

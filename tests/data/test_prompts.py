@@ -53,8 +53,12 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenize
         ([{"prompt": "", "answer": "3"}], {}, "x.jsonl:1: prompt is empty; drop the line"),
         (["[1]\n"], {}, "x.jsonl:1: a JSON list, not an object"),
         (["\n"], {}, "data.train=.*x.jsonl holds no prompt"),
-        ([{"question": "6a+7"}], {}, "x.jsonl:1: prompt=None is no text.*the row has question: see data.prompt_key"),
-        ([{"prompt": "6a+7"}], {}, "x.jsonl:1: answer=None is no text or number; see data.answer_key"),
+        (
+            [{"question": "6a+7"}],
+            {},
+            "x.jsonl:1: prompt=None is neither a text.*the row has question: see data.prompt_key",
+        ),
+        ([{"prompt": "6a+7"}], {}, "x.jsonl:1: answer=None is not a text or a number; see data.answer_key"),
         (
             [{"prompt": "6a+7b+7", "answer": "0"}],
             {"max_prompt_tokens": 4},
@@ -75,7 +79,7 @@ def test_bad_data_names_file_line_and_remedy(
 
 
 def test_a_missing_file_names_its_key(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"data.eval=nowhere.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"data.eval=nowhere.jsonl: there is no such file"):
         PromptData("nowhere.jsonl", DataConfig(train="x"), tokenizer, field="data.eval")
 
 
@@ -104,7 +108,7 @@ def test_templates_make_prompt_and_answer(tokenizer: Tokenizer, tmp_path: Path) 
     assert (prompt.text, prompt.answer) == ("6a+7b*3", "9")
     with pytest.raises(UserError, match=r"x.jsonl:1: data.prompt_template: 'question' is undefined; the row has start"):
         load(tokenizer, tmp_path / "x.jsonl", row, prompt_template="{{ question }}")
-    with pytest.raises(UserError, match="data.prompt_template: no Jinja template"):
+    with pytest.raises(UserError, match="data.prompt_template: not a Jinja template"):
         load(tokenizer, tmp_path / "x.jsonl", row, prompt_template="{{ question")
 
 
@@ -139,6 +143,6 @@ def test_datasets_in_files_and_folders(tokenizer: Tokenizer, tmp_path: Path, kin
             PromptData(str(path), config, tokenizer, field="data.eval", split="validation")
 
 
-def test_what_is_no_source_is_told(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="data.train=/no where: no such file, folder or hub dataset"):
+def test_what_is_no_source_is_reported(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="data.train=/no where: there is no such file, folder or hub dataset"):
         PromptData("/no where", DataConfig(train="x"), tokenizer, field="data.train")

@@ -102,7 +102,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assista
         ("<pad>", (0, 1), "closes a turn with '<pad>', now a stop token too"),
         ("<unk>", (1,), ""),
         ("<eos>", (1,), ""),
-        ("d", (1,), "closes a turn with 'd', which is no special token"),
+        ("d", (1,), "closes a turn with 'd', which is not a special token"),
         ("", (1,), ""),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_stop_token_is_a_number(tiny_chain: Path, tmp_path: Path, stops: objec
     folder = tmp_path / "m"
     shutil.copytree(tiny_chain / "model", folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    with pytest.raises(UserError, match=r"generation_config.json .*(is no token id|cannot be read)"):
+    with pytest.raises(UserError, match=r"generation_config.json .*(is not a token id|cannot be read)"):
         Tokenizer(str(folder))
 
 
@@ -144,5 +144,5 @@ def test_an_end_of_sequence_that_the_file_does_not_know_is_refused(tiny_chain: P
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | {"eos_token": "<stop>"}))
-    with pytest.raises(UserError, match="its eos_token '<stop>' is none of tokenizer.json's tokens"):
+    with pytest.raises(UserError, match="its eos_token '<stop>' is not in tokenizer.json"):
         Tokenizer(str(folder))

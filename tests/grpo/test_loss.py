@@ -147,11 +147,11 @@ def test_gspo_moves_the_tokens_of_a_response_together() -> None:
 def test_dead_groups_do_not_dilute() -> None:
     inputs = random_inputs(2) | {"counted": torch.tensor([True, True, False, False])}
     config = AlgoConfig(aggregation="token_mean", kl_coef=0.1, entropy_coef=0.1)
-    alone = {name: value[:2] for name, value in inputs.items()}
+    short = {name: value[:2] for name, value in inputs.items()}
     diluted = inputs | {"counted": torch.ones(N, dtype=torch.bool)}
-    assert torch.equal(gradient(inputs, config)[:2], gradient(alone, config))
+    assert torch.equal(gradient(inputs, config)[:2], gradient(short, config))
     assert gradient(inputs, config)[2:].eq(0).all()
-    assert not torch.equal(gradient(diluted, config)[:2], gradient(alone, config))
+    assert not torch.equal(gradient(diluted, config)[:2], gradient(short, config))
 
 
 def test_an_advantage_for_each_token() -> None:

@@ -6,7 +6,7 @@ from echorl_nemo.grpo import AlgoConfig, all_success_groups, counted_rollouts, e
 GROUPS = torch.tensor([3, 3, 5, 5, 4, 4])
 
 
-def test_groups_are_told_apart_by_their_rewards() -> None:
+def test_groups_are_reported_apart_by_their_rewards() -> None:
     rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.1, 0.1])
     assert effective_groups(rewards, GROUPS).tolist() == [False, False, True, True, False, False]
     assert all_success_groups(rewards, GROUPS, 1.0).tolist() == [True, True, False, False, False, False]

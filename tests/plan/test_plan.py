@@ -15,11 +15,11 @@ from echorl_nemo.cli import main
 from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.layout import described_config
 from echorl_nemo.engines.megatron.platform import detect_platform
-from echorl_nemo.engines.megatron.run import quiet_libraries
-from echorl_nemo.plan.run import Plan, make_plan
+from echorl_nemo.engines.megatron.run import silence_library_warnings
+from echorl_nemo.plan.plan import Plan, make_plan
 from echorl_nemo.schema import ParallelConfig, RunConfig
 
-quiet_libraries()
+silence_library_warnings()
 PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.plan.parameters import stage_parameters, total_parameters  # noqa: E402
@@ -96,21 +96,21 @@ def test_every_model_has_the_parameters_that_transformers_gives_it(model: str) -
         (["trainer.recompute=none", "trainer.micro_batch_size=4"], "memory: a GPU of stage 0 needs about"),
         (["model=qwen3-30b-a3b", LLAMA], "engine=nemo_aligner: NeMo 2.1 converts llama, qwen2, not the qwen3_moe"),
         (["model.nemo_path=null"], "model.nemo_path=null: NeMo-Aligner trains a .nemo file; convert model.path as"),
-        (["rollout=vllm"], "rollout.engine=vllm: NeMo-RL alone has it"),
-        (["algo=dapo"], "dynamic_sampling=true: a step asks its prompts once here; use false"),
-        (["echorl.entropy_source=rollout"], "TensorRT-LLM returns tokens alone; use policy"),
-        (["parallel.context=2", "parallel.tensor=8", "parallel.pipeline=4"], "parallel.context=2: the NeMo-Aligner"),
-        (["trainer.pack_tokens=16384"], "trainer.pack_tokens=16384: the NeMo-Aligner engine has no such thing; use 0"),
+        (["rollout=vllm"], "rollout.engine=vllm: only NeMo-RL has it"),
+        (["algo=dapo"], "dynamic_sampling=true: NeMo-Aligner generates once in a step; use false"),
+        (["echorl.entropy_source=rollout"], "TensorRT-LLM returns only tokens; use policy"),
+        (["parallel.context=2", "parallel.tensor=8", "parallel.pipeline=4"], "parallel.context=2: NeMo-Aligner"),
+        (["trainer.pack_tokens=16384"], "trainer.pack_tokens=16384: NeMo-Aligner does not support it; use 0"),
         (["engine=megatron", "parallel.context=2"], "parallel.context=2: the native engine does not split sequences"),
         (["engine=nemo_rl"], "algo.aggregation=constant: NeMo-RL divides by tokens or rollouts"),
-        (["engine=nemo_rl"], "algo.entropy_coef=0.001: NeMo-RL has no such thing; use 0.0"),
+        (["engine=nemo_rl"], "algo.entropy_coef=0.001: NeMo-RL does not support it; use 0.0"),
         (["engine=nemo_rl", "algo=dapo"], "algo.dynamic_sampling=true: it drops the all-correct groups"),
         (["model=qwen3-30b-a3b", "parallel.sequence=false"], "parallel.sequence=false: Megatron trains a mixture of"),
         (["model=qwen3-30b-a3b", "parallel.expert=3", "parallel.tensor=1"], "parallel.expert=3: the model's 128"),
         (["parallel.expert=2"], "parallel.expert=2: the model has no experts; use 1"),
         (["trainer.save_every=15", "trainer.eval_every=10"], "save_every=15: NeMo-Aligner saves where it evaluates"),
-        (["checkpoint.keep_last=5"], "checkpoint.keep_last=5: the NeMo-Aligner engine does not read it"),
-        (["engine=nemo_rl", "parallel.context=2"], "parallel.context=2: NeMo-RL splits packed rows alone"),
+        (["checkpoint.keep_last=5"], "checkpoint.keep_last=5: NeMo-Aligner does not read it"),
+        (["engine=nemo_rl", "parallel.context=2"], "parallel.context=2: NeMo-RL splits only packed rows"),
         (["engine=nemo_rl", "algo.tis_cap=2", "algo.icepop_low=0.5", "algo.icepop_high=5"], "NeMo-RL does one of them"),
         (["engine=nemo_rl", "algo.icepop_high=5"], "algo.icepop_high=5.0: NeMo-RL needs both bounds"),
         (["engine=nemo_rl"], "rollout.engine=trtllm: NeMo-RL v0.7.0 does not have it; use rollout=vllm"),
@@ -124,19 +124,19 @@ def test_each_wrong_run_has_its_message(overrides: list[str], message: str) -> N
     assert any(message in problem for problem in made.problems), made.problems
 
 
-def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     overrides = ["parallel.tensor=3", "rollout.group_size=1", "algo.dynamic_sampling=true", "data.train=nowhere.jsonl"]
     code = main(
         ["plan", "--config-name", "echo_grpo_70b", *overrides, f"trainer.run_dir={tmp_path}", "model.path=/none"]
     )
-    told = capsys.readouterr().err.splitlines()
-    assert code == 1 and all(line.startswith("error: ") for line in told)
+    printed = capsys.readouterr().err.splitlines()
+    assert code == 1 and all(line.startswith("error: ") for line in printed)
     for message in (
         "are 64 GPUs, but parallel.tensor=3", "rollout.group_size=1", "64 attention heads", "8 key-value heads",
         "model.nemo_path=null", "dynamic_sampling=true", "model.path=/none: no tokenizer can be read",
         "model.path=/none: no Hugging Face model",
     ):  # fmt: skip
-        assert sum(message in line for line in told) == 1, (message, told)
+        assert sum(message in line for line in printed) == 1, (message, printed)
 
 
 @pytest.mark.parametrize(

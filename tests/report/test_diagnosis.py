@@ -12,7 +12,7 @@ def history(steps: int, *, growth: float, coverage: float | None) -> list[dict[s
     return rows
 
 
-def test_growing_responses_with_clips_that_do_not_stop_are_told() -> None:
+def test_growing_responses_with_clips_that_do_not_stop_are_reported() -> None:
     warning = stop_bias_warning(history(30, growth=1.0, coverage=0.05))
     assert "from 115 to 182 tokens while 5% of the EchoClips" in warning and "echorl.span=full" in warning
 
@@ -25,7 +25,7 @@ def test_silence_otherwise(steps: int, growth: float, coverage: float | None) ->
     assert stop_bias_warning(history(steps, growth=growth, coverage=coverage)) == ""
 
 
-def test_settings_that_changed_between_attempts_are_told() -> None:
+def test_settings_that_changed_between_attempts_are_reported() -> None:
     before, after = "trainer:\n  lr: 1.0\n  seed: 0\n", "trainer:\n  lr: 2.0\n  seed: 0\nengine: megatron\n"
     assert changed_settings(before, after) == ["engine=None became megatron", "trainer.lr=1.0 became 2.0"]
     assert changed_settings(after, after) == []
@@ -49,8 +49,8 @@ def test_a_condition_is_warned_of_when_it_appears_and_while_it_stays(name: str, 
     assert step_warnings([SOUND]) == step_warnings([{}]) == []
 
 
-def test_a_damaged_configuration_is_told() -> None:
+def test_a_damaged_configuration_is_reported() -> None:
     for before in (b"\xff", "a: [", "5"):
         assert changed_settings(before, "a: 1\n") == [
-            "the configuration of the last attempt cannot be read: what changed is not known"
+            "the configuration of the last attempt cannot be read, so that changes are not known"
         ]

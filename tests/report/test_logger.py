@@ -94,7 +94,7 @@ def test_mlflow_gets_the_metrics_of_a_run_and_its_resumption(monkeypatch: pytest
 def test_wandb_gets_the_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # offline, a resumed run is not told apart from one of the same second, and may lose what it logs as it ends
+    # offline, a resumed run is not distinguishable from one of the same second, and may lose what it logs as it ends
     logger = RunLogger(tmp_path / "run-7", LoggerConfig(tensorboard=False, wandb_project="mine"), first_step=0)
     logger.metrics(0, {"echorl.clips": 3.0})
     logger.close()

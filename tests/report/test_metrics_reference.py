@@ -9,7 +9,7 @@ from tests.engines.megatron.helpers import PLATFORM
 
 def test_the_page_is_made_from_the_table() -> None:
     path = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
-    assert path.read_text() == page(), "make it anew: python -m echorl_nemo.report.metrics_reference"
+    assert path.read_text() == page(), "make it again: python -m echorl_nemo.report.metrics_reference"
 
 
 def test_what_the_update_and_the_clips_report_is_described() -> None:

@@ -85,7 +85,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert "first: training rollouts" in html and "second: training rollouts" in html
 
 
-def test_the_stop_bias_is_told(tmp_path: Path) -> None:
+def test_the_stop_bias_is_reported(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, RECORD)
     rows = [{"step": s, "reward": 1.0, "response_length": 10.0 + s, "echorl.stop_coverage": 0.0} for s in range(25)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,7 +94,7 @@ def test_the_stop_bias_is_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no metrics; is .* the folder of a run"):
+    with pytest.raises(UserError, match="it has no metrics; name the folder of a run"):
         write_report([tmp_path], tmp_path / "report.html")
 
 

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what is found, kept, removed and told to be damaged."""
+"""The folder of checkpoints: what is found, kept, removed and reported as damaged."""
 
 import json
 import shutil
@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, accuracy_of, damages, step_of, sum_files
+from echorl_nemo.resilience.checkpoints import (
+    MANIFEST,
+    CheckpointFolder,
+    accuracy_of,
+    checksum_files,
+    damaged_files,
+    step_of,
+)
 from echorl_nemo.resilience.config import CheckpointConfig, ResilienceConfig
 
 
@@ -17,7 +24,7 @@ def publish(folder: CheckpointFolder, step: int, accuracy: float | None = None, 
     partial = folder.begin(step)
     (partial / "__0_0.distcp").write_bytes(content)
     (partial / "common.pt").write_bytes(b"progress")
-    return folder.publish(partial, sum_files(partial, ["__0_0.distcp", "common.pt"]), accuracy=accuracy)
+    return folder.publish(partial, checksum_files(partial, ["__0_0.distcp", "common.pt"]), accuracy=accuracy)
 
 
 def names(folder: CheckpointFolder) -> list[str]:
@@ -80,23 +87,23 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(
     monkeypatch.undo()
     folder.clean()
     (checkpoint,) = folder.complete()
-    assert damages(checkpoint, part=0, parts=1) == []
+    assert damaged_files(checkpoint, part=0, parts=1) == []
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
-def test_damage_is_told_file_by_file(tmp_path: Path) -> None:
+def test_damage_is_reported_file_by_file(tmp_path: Path) -> None:
     checkpoint = publish(CheckpointFolder(tmp_path), 1)
-    assert damages(checkpoint, part=0, parts=1) == []
+    assert damaged_files(checkpoint, part=0, parts=1) == []
     weights = checkpoint / "__0_0.distcp"
     weights.write_bytes(b"weighty")
-    assert damages(checkpoint, part=0, parts=1) == ["__0_0.distcp was altered: its checksum is another"]
+    assert damaged_files(checkpoint, part=0, parts=1) == ["__0_0.distcp was altered: its checksum differs"]
     weights.write_bytes(b"weight")
     (checkpoint / "common.pt").unlink()
-    assert damages(checkpoint, part=0, parts=2) == ["__0_0.distcp has 6 bytes, not 7"]
-    assert damages(checkpoint, part=1, parts=2) == ["common.pt is missing"]
+    assert damaged_files(checkpoint, part=0, parts=2) == ["__0_0.distcp has 6 bytes, not 7"]
+    assert damaged_files(checkpoint, part=1, parts=2) == ["common.pt is missing"]
     (checkpoint / MANIFEST).write_text("{")
-    assert damages(checkpoint, part=1, parts=2) == []
-    assert "manifest.json cannot be read" in damages(checkpoint, part=0, parts=2)[0]
+    assert damaged_files(checkpoint, part=1, parts=2) == []
+    assert "manifest.json cannot be read" in damaged_files(checkpoint, part=0, parts=2)[0]
     assert accuracy_of(checkpoint) is None
 
 
@@ -110,7 +117,7 @@ def test_every_flipped_bit_is_seen(
     broken = bytearray(content)
     broken[bit // 8] ^= 1 << bit % 8
     (checkpoint / "__0_0.distcp").write_bytes(bytes(broken))
-    assert damages(checkpoint, part=0, parts=1)
+    assert damaged_files(checkpoint, part=0, parts=1)
 
 
 @given(st.data())
@@ -124,7 +131,7 @@ def test_a_flipped_bit_of_the_manifest_never_hides_damage(
     bit = data.draw(st.integers(0, 8 * len(text) - 1))
     text[bit // 8] ^= 1 << bit % 8
     (checkpoint / MANIFEST).write_bytes(bytes(text))
-    if not damages(checkpoint, part=0, parts=1):
+    if not damaged_files(checkpoint, part=0, parts=1):
         assert json.loads((checkpoint / MANIFEST).read_text())["files"] == before
 
 

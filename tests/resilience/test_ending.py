@@ -104,10 +104,10 @@ def test_helpers_of_a_process_without_its_session_leader_are_no_orphans(tmp_path
         "if os.fork():\n"
         "    os._exit(0)\n"  # the session leader
         "time.sleep(0.2)\n"
-        "from echorl_nemo.resilience.orphans import adopt_orphans, end_orphans\n"
+        "from echorl_nemo.resilience.orphans import adopt_orphans, kill_orphans\n"
         "adopt_orphans()\n"
         "helper = subprocess.Popen(['sleep', '60'])\n"
-        "end_orphans()\n"
+        "kill_orphans()\n"
         "open(sys.argv[1], 'w').write(str(helper.poll()))\n"
         "helper.kill()\n"
     )

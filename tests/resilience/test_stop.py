@@ -26,10 +26,10 @@ def test_a_signal_is_only_noted(number: signal.Signals) -> None:
 def test_the_margin_grows_with_steps_and_saves() -> None:
     stop = StopRequest(ResilienceConfig(time_margin_minutes=1.0), time.time() + 100)
     assert stop.reason() == ""
-    stop.took("step", 20.0)
-    stop.took("step", 10.0)  # the longest counts
+    stop.record_duration("step", 20.0)
+    stop.record_duration("step", 10.0)  # the longest counts
     assert stop.reason() == ""  # 60 + 30 of 100 s
-    stop.took("save", 6.0)
+    stop.record_duration("save", 6.0)
     assert stop.reason().startswith("the job ends in ")
 
 

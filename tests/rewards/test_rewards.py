@@ -22,7 +22,7 @@ def test_every_case_of_the_documentation(name: str, response: str, answer: str, 
 
 def test_the_documentation_is_that_of_the_cases() -> None:
     path = Path(__file__).resolve().parents[2] / "docs" / "verifiers.md"
-    assert path.read_text() == page(), "make it anew: python -m tests.rewards.cases"
+    assert path.read_text() == page(), "make it again: python -m tests.rewards.cases"
 
 
 LINEAR = r"""
@@ -86,8 +86,8 @@ def test_a_verifier_may_take_the_row() -> None:
         ("judge", "reward 'judge' is not known; use exact_line, choice, math, or your own"),
         ("nowhere.at_all:x", "reward 'nowhere.at_all:x' cannot be imported: No module named 'nowhere'"),
         ("tests.rewards.verifiers:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
-        ("tests.rewards.verifiers:NUMBER", "is no function"),
-        ("tests.rewards.verifiers:of_four", r"is no function of \(response, answer\) or \(response, answer, row\)"),
+        ("tests.rewards.verifiers:NUMBER", "is not a function"),
+        ("tests.rewards.verifiers:of_four", r"is not a function of \(response, answer\) or \(response, answer, row\)"),
     ],
 )
 def test_unknown_verifiers_are_refused(name: str, message: str) -> None:
@@ -97,7 +97,7 @@ def test_unknown_verifiers_are_refused(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("answer", ["2", "Paris", "AB", "K", "A or B"])
 def test_a_reference_that_nothing_matches_is_refused(answer: str) -> None:
-    assert "is no letter from A to J" in reference_problem("choice", answer)
+    assert "is not a letter from A to J" in reference_problem("choice", answer)
     assert reference_problem("math", answer) == ""
 
 

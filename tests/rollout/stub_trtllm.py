@@ -280,7 +280,7 @@ class PyExecutor:
         request.done.set()
 
     def _pause_one(self) -> None:
-        """The token in flight is discarded, and drawn anew after the request was prefilled again."""
+        """The token in flight is discarded, and drawn again after the request was prefilled again."""
         running = [request for request in self.active if not request.in_context]
         if running and float(torch.rand(1, generator=self._random)) < BEHAVIOUR.pause:
             request = running[int(torch.randint(len(running), (1,), generator=self._random))]

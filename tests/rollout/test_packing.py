@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echorl_nemo.echo import segment_steps
-from echorl_nemo.rollout.packing import bins, pack_row
+from echorl_nemo.rollout.packing import pack_bins, pack_row
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -41,7 +41,7 @@ def test_steps_of_an_unpacked_row_are_those_of_the_rollouts() -> None:
 
 @given(LENGTHS, st.integers(9, 30))
 def test_bins_hold_every_rollout_once(lengths: list[int], capacity: int) -> None:
-    rows = bins(lengths, capacity)
+    rows = pack_bins(lengths, capacity)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     filled = [sum(lengths[i] for i in row) for row in rows]
     assert max(filled) <= capacity
@@ -51,6 +51,6 @@ def test_bins_hold_every_rollout_once(lengths: list[int], capacity: int) -> None
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="a rollout of 7 tokens does not fit a packed row of 6"):
-        bins([3, 7], 6)
+        pack_bins([3, 7], 6)
     with pytest.raises(ValueError, match="5 tokens do not fit a packed row of 4"):
         pack_row(torch.zeros(1, 5, dtype=torch.long), [5], 4)

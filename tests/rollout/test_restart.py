@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from echorl_nemo.errors import SharedError
-from echorl_nemo.resilience.stop import StopSignals, keeping_handlers
+from echorl_nemo.resilience.stop import StopSignals, preserve_signal_handlers
 from echorl_nemo.rollout.engine import EngineError
 from echorl_nemo.rollout.restart import MAX_RESTARTS, RestartingEngine
 
@@ -38,7 +38,7 @@ class Engine:
 
 def restarting(calls: int) -> Any:
     Engine.made = []
-    return RestartingEngine(lambda: Engine(calls), object(), tells=True)  # type: ignore[arg-type, return-value]
+    return RestartingEngine(lambda: Engine(calls), object(), is_main=True)  # type: ignore[arg-type, return-value]
 
 
 def test_an_engine_is_replaced_by_one_with_the_current_weights() -> None:
@@ -64,7 +64,7 @@ def test_one_that_fails_again_and_again_is_fatal() -> None:
 
 
 def test_an_engine_that_takes_the_signals_does_not_keep_them() -> None:
-    with keeping_handlers():
+    with preserve_signal_handlers():
         signals = StopSignals().listen()
         engine = restarting(1)
         for _ in range(2):

@@ -17,7 +17,7 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
 from echorl_nemo.rollout.trtllm.api import load_api
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
-from echorl_nemo.rollout.trtllm.parts import in_buckets
+from echorl_nemo.rollout.trtllm.transfer import weight_buckets
 from tests.rollout import stub_trtllm
 from tests.rollout.stub_trtllm import AsyncLLM, Behaviour
 
@@ -27,9 +27,9 @@ CONTRACT = Path(__file__).resolve().parents[2] / "echorl_nemo" / "rollout" / "tr
 class OneRank:
     """A trainer of one rank."""
 
-    main = True
+    is_main = True
 
-    def share_objects(self, mine: Sequence[Any]) -> list[Any]:
+    def all_gather_objects(self, mine: Sequence[Any]) -> list[Any]:
         return list(mine)
 
     def barrier(self) -> None: ...
@@ -129,15 +129,18 @@ def test_the_canary(tiny_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "echorl_nemo.rollout.trtllm.probe.entropy_and_max_logprob", lambda x, **_: torch.ones(len(x), 2)
     )
-    with stub_trtllm.install(), pytest.raises(RuntimeError, match="the canary's entropies differ from its logits' by"):
+    with (
+        stub_trtllm.install(),
+        pytest.raises(RuntimeError, match="the probe's entropies differ from those of the returned logits by"),
+    ):
         engine(tiny_chain)
 
 
 def test_rows_of_other_requests_are_noticed(tiny_chain: Path) -> None:
-    """A lone canary cannot tell; the check of the largest log-probs can."""
+    """One canary is not enough; the check of the largest log-probs can."""
     with stub_trtllm.install(Behaviour(shift_rows=True)):
         made = engine(tiny_chain)
-        with pytest.raises(RuntimeError, match="its rows belong to other tokens; entropies cannot be trusted"):
+        with pytest.raises(RuntimeError, match="its rows belong to other tokens, so that its entropies are wrong"):
             made.generate(prompts(made), 8, seed=0)
 
 
@@ -171,12 +174,12 @@ def test_weights_are_taken_over_in_buckets(tiny_chain: Path) -> None:
 
 def test_buckets_keep_to_their_size() -> None:
     weights = [(str(number), torch.zeros(size)) for number, size in enumerate((4, 4, 20, 1, 1))]
-    buckets = [[name for name, _ in bucket] for bucket in in_buckets(iter(weights), 32)]
+    buckets = [[name for name, _ in bucket] for bucket in weight_buckets(iter(weights), 32)]
     assert buckets == [["0", "1"], ["2"], ["3", "4"]]
 
 
 def test_more_replicas_than_gpus(tiny_chain: Path) -> None:
-    with stub_trtllm.install(), pytest.raises(UserError, match="tensor_parallel=2 need 10 GPUs; Ray has 8"):
+    with stub_trtllm.install(), pytest.raises(UserError, match="tensor_parallel=2: they need 10 GPUs, Ray has 8"):
         engine(tiny_chain, trtllm=TrtllmConfig(replicas=5, tensor_parallel=2))
 
 
@@ -194,9 +197,7 @@ def test_a_partial_refit_is_fatal(tiny_chain: Path, caplog: pytest.LogCaptureFix
         with pytest.raises(RuntimeError, match="out of memory"):
             made.update_weights(Weights(**{"lm_head.weight": torch.zeros(40, 64)}))
         assert "the refit failed after 0 weights" in caplog.text
-        with pytest.raises(
-            RuntimeError, match="a mixture of old and new weights .* restart from the newest checkpoint"
-        ):
+        with pytest.raises(RuntimeError, match="a mixture of old and new weights .* go on from the newest checkpoint"):
             made.generate(prompts(made), 2, seed=0)
 
 
@@ -204,7 +205,7 @@ def test_weights_that_a_worker_did_not_take(tiny_chain: Path, monkeypatch: pytes
     with stub_trtllm.install():
         made = engine(tiny_chain)
         monkeypatch.setattr(type(AsyncLLM.created[0].worker), "echorl_refit", lambda self, handles: 0)
-        with pytest.raises(RuntimeError, match=r"workers took over \[0\] of a bucket's 1 weights"):
+        with pytest.raises(RuntimeError, match=r"workers loaded \[0\] of a bucket's 1 weights"):
             made.update_weights(Weights(**{"lm_head.weight": torch.zeros(40, 64)}))
 
 

@@ -1,4 +1,4 @@
-"""The shipped batch scripts under a real Slurm, with the tiny model and documented variables alone."""
+"""The shipped batch scripts under a real Slurm, with the tiny model and only the documented variables."""
 
 import re
 import subprocess
@@ -41,8 +41,8 @@ def test_a_run_over_two_nodes(cluster: Cluster, tmp_path: Path, script: str) -> 
     run, log = tmp_path / "run", tmp_path / "log"
     job = submit(cluster, script, "trainer.steps=2", *SMALL, log=log, RUN_DIR=str(run))
     state = cluster.wait(job, "COMPLETED", "FAILED", seconds=180)["JobState"]
-    told = log.read_text()
-    assert state == "COMPLETED", told
+    printed = log.read_text()
+    assert state == "COMPLETED", printed
     for message in (
         "attempt 1 of job",
         "n1: fit",
@@ -51,7 +51,7 @@ def test_a_run_over_two_nodes(cluster: Cluster, tmp_path: Path, script: str) -> 
         "2 nodes x 1 ranks",
         "the run is done",
     ):
-        assert message in told, told
+        assert message in printed, printed
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1]
     assert load_file(run / "export" / "model.safetensors")
     # TP2: each node has its half of a layer
@@ -64,13 +64,13 @@ def test_a_wrong_run_fails_in_its_plan_within_seconds(cluster: Cluster, tmp_path
     job = submit(cluster, SCRIPTS[0].name, "parallel.tensor=3", "rollout.group_size=1", log=log, RUN_DIR=str(run))
     job_state = cluster.wait(job, "COMPLETED", "FAILED", seconds=60)
     assert job_state["JobState"] == "FAILED" and time.monotonic() - start < 60
-    told = log.read_text()
+    printed = log.read_text()
     for message in (
         "error: parallel.tensor=3: the model's 4 attention heads are not divisible by it; use a divisor of 4",
         "error: rollout.group_size=1: algo.estimator=grpo compares the rollouts of a group; use 2 or more",
         "error: the plan found problems, see above; nothing was started",
     ):
-        assert message in told, told
+        assert message in printed, printed
     assert not (run / "metrics.jsonl").exists() and not (run / "launch").exists()
 
 
@@ -88,9 +88,9 @@ def test_a_requeued_job_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> N
     until(lambda: "attempt 2 of job" in log.read_text(), seconds=60, log=log)
     saved = stopped_after(log, "SIGTERM|SIGUSR1")  # Slurm's own to the ranks, or the script's
     state = cluster.wait(job, "COMPLETED", "FAILED", seconds=240)
-    told = log.read_text()
-    assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", told
-    assert saved >= 4 and "trainer.resume=true" in told
+    printed = log.read_text()
+    assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", printed
+    assert saved >= 4 and "trainer.resume=true" in printed
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(30))
     assert first_step_of_attempt_2(log) == saved + 1
 
@@ -109,7 +109,9 @@ def test_a_job_near_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path:
     until(lambda: first_step_of_attempt_2(log) == saved + 1, seconds=120, log=log)
     cluster.run("scancel", job)
     cluster.wait(job, "CANCELLED", seconds=60)
-    until(lambda: "and stays what Slurm was told, put back or cancelled" in log.read_text(), seconds=30, log=log)
+    until(
+        lambda: "and keeps the state that Slurm gave it, put back or cancelled" in log.read_text(), seconds=30, log=log
+    )
     assert cluster.job(job)["JobState"] == "CANCELLED"
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
     assert steps == list(range(len(steps))) and len(steps) > saved
@@ -130,11 +132,11 @@ def test_three_restarts_without_progress_stop_the_job(cluster: Cluster, tmp_path
         until(lambda: log.read_text().count("put back in the queue") == attempt, seconds=60, log=log)  # noqa: B023
         start_again(cluster, job, log)
     state = cluster.wait(job, "COMPLETED", "FAILED", seconds=90)
-    told = log.read_text()
-    assert state["JobState"] == "FAILED" and state["Restarts"] == "3", told
-    assert "USR1 came before the ranks were started: put back in the queue" in told
-    assert "TERM came, ranks ended with 1:" in told  # srun would have killed them
-    assert "error: 3 restarts from the same checkpoint (none): not put back again; see the log above" in told
+    printed = log.read_text()
+    assert state["JobState"] == "FAILED" and state["Restarts"] == "3", printed
+    assert "USR1 came before the ranks were started: put back in the queue" in printed
+    assert "TERM came, ranks ended with 1:" in printed  # srun would have killed them
+    assert "error: 3 restarts from the same checkpoint (none): not put back again; see the log above" in printed
 
 
 def start_again(cluster: Cluster, job: str, log: Path) -> None:
@@ -152,8 +154,8 @@ def stopped_after(log: Path, signal: str) -> int:
 
 
 def first_step_of_attempt_2(log: Path) -> int | None:
-    _, _, told = log.read_text().partition("attempt 2 of job")
-    steps = re.findall(r"^step (\d+)/", told, flags=re.MULTILINE)
+    _, _, printed = log.read_text().partition("attempt 2 of job")
+    steps = re.findall(r"^step (\d+)/", printed, flags=re.MULTILINE)
     return int(steps[0]) if steps else None
 
 
@@ -183,7 +185,7 @@ def until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
         ({"MIN_TMP_GB": "1000000"}, "GB free, 1000000 wanted"),
     ],
 )
-def test_a_wrong_setting_is_told(cluster: Cluster, tmp_path: Path, variables: dict[str, str], message: str) -> None:
+def test_a_wrong_setting_is_reported(cluster: Cluster, tmp_path: Path, variables: dict[str, str], message: str) -> None:
     log = tmp_path / "log"
     job = submit(cluster, SCRIPTS[0].name, log=log, options=(), **{"RUN_DIR": str(tmp_path / "run"), **variables})
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=30)["JobState"] == "FAILED"

@@ -1,4 +1,4 @@
-"""The paper's motivating look: step-entropy profiles of golden solutions, of right and of wrong rollouts."""
+"""`echorl-nemo analyze`: step-entropy profiles of golden solutions, of correct and of wrong rollouts."""
 
 import json
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from echorl_nemo.echo import boundary_ids, segment_steps
 from echorl_nemo.engines.megatron.evaluate import load_model, verified_rollouts
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
-from echorl_nemo.report.profiles import draw, profile
+from echorl_nemo.report.profiles import draw_profiles, entropy_profile
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import EvaluateConfig
 
@@ -20,7 +20,7 @@ from echorl_nemo.schema import EvaluateConfig
 def run_rank(
     config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
 ) -> None:
-    """Score golden solutions and fresh rollouts; the main rank writes `analysis.out` (.json and .png)."""
+    """Score golden solutions and new rollouts on this rank; the main rank writes `analysis.out` (.json and .png)."""
     settings = config.evaluation
     model = load_model(config, tokenizer, data, platform)
     scorer = MegatronScorer(
@@ -31,7 +31,7 @@ def run_rank(
     )
     ends = boundary_ids(tokenizer, config.analysis.boundary)
     done = verified_rollouts(config, model, tokenizer, data, Path(config.analysis.out), closers)
-    rollouts, right = done.batch, done.right
+    rollouts, right = done.batch, done.correct
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
     if data.solutions:
@@ -41,13 +41,13 @@ def run_rank(
         if len(batch):
             _, entropies = scorer.score(batch)
             steps = segment_steps(batch.tokens, batch.response_mask, ends)
-            profiles[name] = profile(entropies, steps, reduction=config.analysis.step_reduction)
-    if not model.parallel.main:
+            profiles[name] = entropy_profile(entropies, steps, reduction=config.analysis.step_reduction)
+    if not model.parallel.is_main:
         return
     out = Path(config.analysis.out)
     facts = {"model": settings.checkpoint or config.model.path, "data": config.data.eval, "profiles": profiles}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    draw(profiles, out.with_suffix(".png"))
+    draw_profiles(profiles, out.with_suffix(".png"))
     for name, values in profiles.items():
         peaks = values.get("peak_height", {})
         print(f"{name}: {values['responses']} responses, median peak {peaks.get('50%', 0.0):.3f} nats")
@@ -55,7 +55,7 @@ def run_rank(
 
 
 def golden_batch(data: PromptData, tokenizer: Tokenizer) -> RolloutBatch:
-    """The data's solutions as if they had been rolled out, each closed with the end of sequence."""
+    """The golden solutions of the data as a batch of rollouts, each closed with the end of sequence."""
     prompts = data.all()
     responses = [
         [*tokenizer.encode(solution, rendered=True), int(tokenizer.hf.eos_token_id)] for solution in data.solutions

@@ -1,8 +1,9 @@
-"""Checkpoints of the native engine, through Megatron's dist_checkpointing.
+"""Checkpoints of the native engine, written and read by Megatron's dist_checkpointing.
 
-A checkpoint holds weights, optimizer, learning-rate schedule, the random states of every rank, how far the run had
-come, and its configuration. Prompts and sampling depend on the seed and on how many prompts were asked, so that no
-queue or cache of rollouts has to be saved. It loads at another layout; then the random states start from the seed.
+A checkpoint holds weights, optimizer, learning-rate schedule, the random states of every rank, the progress of the run
+and its configuration. Prompts and sampling depend only on the seed and on the number of prompts used so far, so that no
+queue or cache of rollouts has to be saved. A checkpoint also loads at another layout; the random states then start from
+the seed.
 """
 
 import logging
@@ -42,7 +43,7 @@ from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.config import CONFIG_FILE
-from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Sums, damages, sum_files
+from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Checksums, checksum_files, damaged_files
 from echorl_nemo.resilience.config import CheckpointConfig
 from echorl_nemo.resilience.ending import is_communication_error
 from echorl_nemo.resilience.orphans import die_with_parent
@@ -51,25 +52,25 @@ from echorl_nemo.resilience.pickles import checkpoint_classes_only
 T = TypeVar("T")
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Loads at another parallel layout."""
-SUMS_SUFFIX = ".sums"
-"""Of the file in which a rank leaves the checksums of what it wrote, until the main rank has them."""
+"""Megatron's format of the optimizer's state that loads at another parallel layout."""
+CHECKSUM_SUFFIX = ".sums"
+"""Suffix of the temporary file with the checksums of what one rank wrote."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run, as a checkpoint keeps it."""
 
     step: int = 0
-    """Training steps made."""
+    """Completed training steps."""
     position: int = 0
-    """Prompts asked."""
+    """Prompts used so far."""
     skipped_steps: int = 0
-    """Steps that were skipped because something was not finite."""
+    """Steps skipped because a loss, gradient or reward was not finite."""
     skipped_in_a_row: int = 0
-    """Of those, the latest without a sound step between them."""
+    """Skipped steps at the end of the run so far, without a completed one between them."""
     verifier_timeouts: dict[str, int] = field(default_factory=dict)
-    """By prompt, how often its verifier ran out of time."""
+    """Number of verifier time-outs by prompt."""
     data: str = ""
     """Fingerprint of the training data."""
 
@@ -82,139 +83,141 @@ class _Pending:
     config_yaml: str
     accuracy: float | None
     begun: float
-    """Clock reading, seconds."""
+    """Start time, seconds of the monotonic clock."""
 
 
 class Checkpoints:
-    """Saves and loads on every rank; each method must be called by all of them."""
+    """Saves and loads the checkpoints of a run. Every rank must call each method."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, parallel: Parallel) -> None:
         self.folder, self.config, self.parallel = CheckpointFolder(run_dir / "checkpoints"), config, parallel
         self._calls = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self.longest_seconds = 0.0
-        """Of a save, from its beginning until its checkpoint was there."""
+        """Longest time from the beginning of a save until its checkpoint was published, seconds."""
 
     def save(self, policy: MegatronPolicy, progress: Progress, config_yaml: str, *, accuracy: float | None) -> None:
-        """Write a checkpoint, or begin to; see `checkpoint.asynchronous`.
+        """Write a checkpoint, or begin to write it in the background if `checkpoint.asynchronous` is set.
 
-        Raises UserError where it cannot be written; those before it are untouched.
+        Raises UserError if it cannot be written; earlier checkpoints stay as they are.
         """
         self.finish()
         begun = time.monotonic()
-        with self._explained():
+        with self._explain_write_errors():
             folder = self._on_main(lambda: self.folder.begin(progress.step))
-            _start_mortal_results_queue()
-            policy.fill_optimizer_state()
+            _start_results_queue()
+            policy.initialize_optimizer_state()
             # replicas share the writing of what they all hold
             strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.data_group)
             state = _state(policy, progress, low_memory=self.config.low_memory)
             request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
             if request.async_fn is not None:
-                write = partial(_write_and_sum, request.async_fn, folder)
+                write = partial(_write_with_checksums, request.async_fn, folder)
                 request = request._replace(async_fn=write)
             self._pending = _Pending(folder, config_yaml, accuracy, begun)
             if self.config.asynchronous:
                 self._calls.schedule_async_request(request)
                 return
             request.execute_sync()
-        self._settle()
+        self._publish_pending()
 
     def poll(self) -> None:
-        """Publish the checkpoint that is being written, if it is on the disk by now."""
+        """Publish the checkpoint that is being written in the background, if it is complete."""
         if self._pending is not None:
-            with self._explained():
+            with self._explain_write_errors():
                 done = self._calls.maybe_finalize_async_calls(blocking=False)
             if done:
-                self._settle()
+                self._publish_pending()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is published."""
+        """Wait for the checkpoint that is being written in the background, and publish it."""
         if self._pending is not None:
-            with self._explained():
+            with self._explain_write_errors():
                 self._calls.maybe_finalize_async_calls(blocking=True)
-            self._settle()
+            self._publish_pending()
 
     def restore(self, policy: MegatronPolicy) -> Progress | None:
-        """Load the newest checkpoint that is sound, None where the run has none; remove what interrupted saves left.
+        """Load the newest undamaged checkpoint into ``policy`` and return its progress; None if the run has none.
 
-        One with a truncated or altered file is set aside, said so, and the one before it is taken. Raises UserError if
-        there are checkpoints and none is sound.
+        Files of interrupted saves are removed. A checkpoint with a truncated or altered file is renamed with a warning,
+        and the one before it is loaded. Raises UserError if there are checkpoints and all are damaged.
         """
-        say = logging.getLogger(__name__).warning
-        for done in self.parallel.of_main(self.folder.clean):
-            if self.parallel.main:
-                say("checkpoints/%s", done)
-        found = self.parallel.of_main(self.folder.complete)
-        damaged = self.parallel.of_main(self.folder.without_manifest)
-        for checkpoint in damaged if self.parallel.main else []:
-            say("%s is damaged: it has no %s", checkpoint, MANIFEST)
+        warn = logging.getLogger(__name__).warning
+        for done in self.parallel.run_on_main_rank(self.folder.clean):
+            if self.parallel.is_main:
+                warn("checkpoints/%s", done)
+        found = self.parallel.run_on_main_rank(self.folder.complete)
+        damaged = self.parallel.run_on_main_rank(self.folder.without_manifest)
+        for checkpoint in damaged if self.parallel.is_main else []:
+            warn("%s is damaged: it has no %s", checkpoint, MANIFEST)
         for checkpoint in found:
-            mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
-            if wrong := self.parallel.share_objects(mine):
+            mine = damaged_files(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+            if wrong := self.parallel.all_gather_objects(mine):
                 damaged.append(checkpoint)
-                if self.parallel.main:
-                    say("%s is damaged: %s", checkpoint, "; ".join(wrong))
+                if self.parallel.is_main:
+                    warn("%s is damaged: %s", checkpoint, "; ".join(wrong))
                 continue
-            for aside in self.parallel.of_main(lambda: [self.folder.set_aside(path) for path in damaged]):
-                if self.parallel.main:
-                    say("%s is taken; the damaged one is kept as %s", checkpoint, aside)
+            for aside in self.parallel.run_on_main_rank(lambda: [self.folder.set_aside(path) for path in damaged]):
+                if self.parallel.is_main:
+                    warn("%s is taken; the damaged one is kept as %s", checkpoint, aside)
             return load(checkpoint, policy, low_memory=self.config.low_memory)
-        if others := self.parallel.of_main(lambda: sorted(path.name for path in self.folder.path.glob("step-*"))):
+        if others := self.parallel.run_on_main_rank(
+            lambda: sorted(path.name for path in self.folder.path.glob("step-*"))
+        ):
             raise SharedError(
-                f"{self.folder.path}: no checkpoint is sound of {', '.join(others)}; restore one from a copy, or start "
-                "again in another trainer.run_dir"
+                f"{self.folder.path}: every checkpoint is damaged ({', '.join(others)}); restore one from a copy, or "
+                "start again in another trainer.run_dir"
             )
         return None
 
-    def _settle(self) -> None:
+    def _publish_pending(self) -> None:
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        # by message, since another node's files may not show in a listing of this one yet
-        parts = self.parallel.share_objects([_take_sums(pending.folder)])
-        sums: Sums = {name: value for part in parts for name, value in part.items()}
+        # through a collective, since another node's files may not be visible here yet
+        parts = self.parallel.all_gather_objects([_read_own_checksums(pending.folder)])
+        sums: Checksums = {name: value for part in parts for name, value in part.items()}
         self._on_main(lambda: self._publish(pending, sums))
         self.longest_seconds = max(self.longest_seconds, time.monotonic() - pending.begun)
 
-    def _publish(self, pending: "_Pending", sums: Sums) -> None:
-        """On the main rank: the checksums of what every rank wrote, and of what this one did, go into the manifest."""
+    def _publish(self, pending: "_Pending", sums: Checksums) -> None:
+        """On the main rank: write the manifest with the checksums of every rank's files, and rename the folder."""
         written = FileSystemReader(pending.folder).read_metadata().storage_data.values()
-        if unsummed := sorted({entry.relative_path for entry in written} - sums.keys()):
+        if unfinished := sorted({entry.relative_path for entry in written} - sums.keys()):
             raise UserError(
-                f"{pending.folder}: the process that wrote {unsummed[0]} ended before it was done, see the messages "
+                f"{pending.folder}: the process that wrote {unfinished[0]} ended before it was done, see the messages "
                 "above"
             )
         (pending.folder / CONFIG_FILE).write_text(pending.config_yaml, encoding="utf-8")
-        own = {path.name for path in pending.folder.iterdir() if path.suffix not in (".distcp", SUMS_SUFFIX)}
-        self.folder.publish(pending.folder, sums | sum_files(pending.folder, own), accuracy=pending.accuracy)
+        own = {path.name for path in pending.folder.iterdir() if path.suffix not in (".distcp", CHECKSUM_SUFFIX)}
+        self.folder.publish(pending.folder, sums | checksum_files(pending.folder, own), accuracy=pending.accuracy)
         self.folder.retain(self.config)
 
     def _on_main(self, work: Callable[[], T]) -> T:
-        def told() -> T:
+        def explained() -> T:
             try:
                 return work()
             except OSError as error:
                 self.folder.clean()
                 raise UserError(self._failure(str(error))) from error
 
-        return self.parallel.of_main(told)
+        return self.parallel.run_on_main_rank(explained)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What the libraries raise when a file cannot be written, as an error that says what is safe."""
+    def _explain_write_errors(self) -> Iterator[None]:
+        """Turn what the libraries raise when a file cannot be written into an error that says what is safe."""
         try:
             yield
         except CheckpointException as error:  # on every rank, with the causes on the main one
             if any(is_communication_error(cause[0]) for cause in error.failures.values()):
                 raise
             causes = "; ".join(str(cause[0]) for cause in error.failures.values())
-            why = self.parallel.of_main(lambda: causes)
-            self.parallel.of_main(self.folder.clean)
+            why = self.parallel.run_on_main_rank(lambda: causes)
+            self.parallel.run_on_main_rank(self.folder.clean)
             raise SharedError(self._failure(why)) from error
-        except (OSError, RuntimeError) as error:  # on this rank alone; torch.save hides the first in the second
-            if is_communication_error(error):  # a peer is gone or hangs: the disk is not to blame
+        except (OSError, RuntimeError) as error:  # only on this rank; torch.save turns an OSError into a RuntimeError
+            if is_communication_error(error):  # a peer has ended or hangs; the disk is not the cause
                 raise
-            if self.parallel.main:
+            if self.parallel.is_main:
                 self.folder.clean()
             raise UserError(self._failure(str(error))) from error
 
@@ -223,13 +226,13 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder.path).free >> 20
         return (
             f"the checkpoint could not be written: {why}. The disk has {free} MiB free without it. "
-            f"{'No earlier one is there' if newest is None else f'{newest.name} is untouched'}; make room in "
+            f"{'There is no earlier one' if newest is None else f'{newest.name} is untouched'}; make room in "
             f"{self.folder.path}, then go on with trainer.resume=true"
         )
 
 
 def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
-    """Restore ``policy``; returns how far it had come. ``low_memory``: see `checkpoint.low_memory`."""
+    """Load ``checkpoint`` into ``policy`` and return its progress. ``low_memory``: see `checkpoint.low_memory`."""
     with _refusing_other_pickles(checkpoint):
         return _load(checkpoint, policy, low_memory=low_memory)
 
@@ -249,7 +252,7 @@ def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Prog
     policy.restore_optimizer(state["optimizer"], state["scheduler"])
     if same_layout:
         _set_random_states(state["random"])
-    elif policy.parallel.main:
+    elif policy.parallel.is_main:
         logging.getLogger(__name__).warning(
             "%s was saved at %s, this is %s: random states start from the seed", checkpoint, common["layout"], _layout()
         )
@@ -258,7 +261,7 @@ def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Prog
 
 @contextmanager
 def _refusing_other_pickles(checkpoint: Path) -> Iterator[None]:
-    """See `checkpoint_classes_only`; torch wraps what is raised while ranks read together."""
+    """`checkpoint_classes_only`, also where torch wraps the error of another rank that reads with this one."""
     try:
         with checkpoint_classes_only(checkpoint):
             yield
@@ -269,13 +272,13 @@ def _refusing_other_pickles(checkpoint: Path) -> Iterator[None]:
 
 
 def load_weights(checkpoint: Path, model: PolicyModel) -> None:
-    """Load the weights alone into ``model``, without an optimizer.
+    """Load only the weights of a checkpoint into ``model``.
 
     Raises UserError if a file of the checkpoint is damaged.
     """
-    mine = damages(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
-    if wrong := model.parallel.share_objects(mine):
-        raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); take the one before it")
+    mine = damaged_files(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+    if wrong := model.parallel.all_gather_objects(mine):
+        raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); use the one before it")
     with _refusing_other_pickles(checkpoint):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
     model.module.load_state_dict(state["model"])
@@ -305,7 +308,7 @@ def _layout() -> dict[str, int]:
 
 
 def _random_states() -> dict[str, Any]:
-    """Of this rank, the tensor-parallel tracker's among them."""
+    """The states of this rank's random number generators, Megatron's tensor-parallel tracker included."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -323,9 +326,9 @@ def _set_random_states(states: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def _take_sums(folder: Path) -> Sums:
-    """The checksums of what this rank wrote; it may have had nothing to write."""
-    path = folder / f"{dist.get_rank()}{SUMS_SUFFIX}"
+def _read_own_checksums(folder: Path) -> Checksums:
+    """Read and remove the checksums of this rank's files; empty if it had nothing to write."""
+    path = folder / f"{dist.get_rank()}{CHECKSUM_SUFFIX}"
     if not path.is_file():
         return {}
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -333,17 +336,17 @@ def _take_sums(folder: Path) -> Sums:
     return {name: (int(size), int(crc)) for name, size, crc in lines}
 
 
-def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *rest: Any) -> None:
-    """In the process that writes: the rank's files, then the checksums of what arrived."""
+def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, *rest: Any) -> None:
+    """Write a rank's files, then their checksums. Runs in the process that Megatron starts for writing."""
     write(rank, *rest)
-    sums = sum_files(folder, sorted(path.name for path in folder.glob(f"__{rank}_*")))
+    sums = checksum_files(folder, sorted(path.name for path in folder.glob(f"__{rank}_*")))
     lines = "".join(f"{name} {size} {crc}\n" for name, (size, crc) in sums.items())
-    (folder / f"{rank}{SUMS_SUFFIX}").write_text(lines, encoding="utf-8")
+    (folder / f"{rank}{CHECKSUM_SUFFIX}").write_text(lines, encoding="utf-8")
 
 
-def _start_mortal_results_queue() -> None:
-    """Megatron's writer reports through a queue in a process of its own, which would outlive a rank that is killed: it
-    takes one that does not."""
+def _start_results_queue() -> None:
+    """Start the process of the queue that Megatron's writer reports through, so that it ends with this rank: the one
+    that Megatron starts by itself would outlive a rank that is killed."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
         manager.start(die_with_parent)

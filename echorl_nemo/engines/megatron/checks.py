@@ -24,7 +24,7 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.report.config import CONFIG_FILE, FAILURES_FILE, METRICS_FILE, REPORT_FILE, ROLLOUTS_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST
 from echorl_nemo.resilience.lock import LOCK_FILE
-from echorl_nemo.resilience.watch import HEARTBEAT_FILE
+from echorl_nemo.resilience.watchdog import HEARTBEAT_FILE
 from echorl_nemo.rewards import find_verifier
 from echorl_nemo.rollout.trtllm.api import refused_problems
 from echorl_nemo.schema import EvaluateConfig, ModelConfig, RunConfig
@@ -78,7 +78,7 @@ def engine_problems(config: RunConfig) -> list[str]:
     """What the native engine does not do, and the other engines do."""
     problems = []
     if config.rollout.engine == "vllm":
-        problems.append("rollout.engine=vllm: NeMo-RL alone has it; use megatron or trtllm, or engine=nemo_rl")
+        problems.append("rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl")
     if config.parallel.context > 1:
         problems.append(
             f"parallel.context={config.parallel.context}: the native engine does not split sequences; use 1, or "
@@ -229,7 +229,7 @@ def checkpoint_problems(checkpoint: Path) -> list[str]:
     """Whether a folder is a complete checkpoint; whether its files are sound is looked at where they are read."""
     if (checkpoint / MANIFEST).is_file():
         return []
-    return [f"{checkpoint} is no complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN"]
+    return [f"{checkpoint} is not a complete checkpoint: name a folder run_dir/checkpoints/step-NNNNNN"]
 
 
 def file_problems(key: str, path: Path) -> list[str]:
@@ -238,7 +238,7 @@ def file_problems(key: str, path: Path) -> list[str]:
         return [f"{key}={path}: a folder of that name is there; name a file"]
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
-        return [f"{key}={path}: {parent} is no folder; name another file"]
+        return [f"{key}={path}: {parent} is not a folder; name another file"]
     try:
         with tempfile.TemporaryFile(dir=parent):
             return []
@@ -267,7 +267,8 @@ def length_problems(budget: int, positions: int | None, data: PromptData, name: 
 
 
 def _positions(model: ModelConfig) -> int | None:
-    """Positions of the model; None where it has no limit, or cannot be read, which `model_problems` tells."""
+    """Largest number of positions of the model; None if it has no limit, or cannot be read, which `model_problems`
+    reports."""
     try:
         return getattr(read_hf_config(model), "max_position_embeddings", None)
     except UserError:

@@ -1,10 +1,9 @@
-"""Every stand-in that Megatron-Core and Megatron-Bridge need on a machine without a GPU, or without Transformer Engine;
-nothing else is replaced.
+"""All stand-ins that Megatron-Core and Megatron-Bridge need on a machine without a GPU, or without Transformer Engine.
 
 The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
-inference context. What stands in: the CUDA device (the CPU answers), CUDA streams and random state (none and torch's),
-packages that Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), an AdamW that keeps its step
-where Megatron's checkpoints look for it, and what Megatron leaves to Transformer Engine: attention over packed rows,
+inference context. Replaced are: the CUDA device (by the CPU), CUDA streams and random states, packages that
+Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), the optimizer (by an AdamW that keeps its step count
+where Megatron's checkpoints look for it), and what Megatron leaves to Transformer Engine: attention over packed rows,
 norms under sequence parallelism.
 """
 
@@ -28,7 +27,7 @@ ABSENT_PACKAGES = (
     "transformer_engine", "transformer_engine_torch", "mamba_ssm", "causal_conv1d", "fla", "nvidia_resiliency_ext",
     "qwen_vl_utils", "timm", "open_clip", "mlflow", "wandb",
 )  # fmt: skip
-"""Imported by Megatron-Bridge at module level; only those that are really absent get an empty stand-in."""
+"""Packages that Megatron-Bridge imports at module level. Those that are not installed get an empty stand-in."""
 
 NO_FUSED_KERNELS: dict[str, Any] = {
     "masked_softmax_fusion": False,
@@ -40,16 +39,15 @@ NO_FUSED_KERNELS: dict[str, Any] = {
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
 }
-"""Settings of Megatron-Bridge's model provider: the fused kernels come with Transformer Engine or Apex."""
+"""Settings of Megatron-Bridge's model provider that turn off the fused kernels of Transformer Engine and apex."""
 
 _installed: list[object] = []
 
 
 def install(*, cuda: bool) -> None:
-    """Put the stand-ins in place, once for each process; a forked rank inherits them.
+    """Put the stand-ins in place, once in each process; a forked rank inherits them.
 
-    Without Transformer Engine: the optimizer, packed attention and the absent packages. With ``cuda`` also the CUDA
-    device itself.
+    The optimizer, packed attention and the absent packages are always replaced; with ``cuda`` also the CUDA device.
     """
     if _installed:
         return
@@ -72,7 +70,7 @@ def install(*, cuda: bool) -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Lets `device="cuda"` in Megatron's calls mean the CPU."""
+    """Makes `device="cuda"` mean the CPU in Megatron's calls."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +93,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """Everything is in order on the CPU, so there is nothing to wait for."""
+    """A CUDA stream without effect: the CPU runs everything in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -104,14 +102,14 @@ class _Stream:
     def wait_event(self, *args: Any) -> None: ...
 
     def record_event(self, *args: Any) -> "_Stream":
-        return self  # an event can be waited for too
+        return self  # the caller may wait for the event
 
     def synchronize(self) -> None: ...
 
 
 def _replace_cuda() -> None:
     def nothing() -> Callable[..., None]:
-        return lambda *args, **kwargs: None  # one of its own each time: torch.compile refuses two names of one function
+        return lambda *args, **kwargs: None  # a new one each time: torch.compile refuses two names of one function
 
     stand_ins: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
@@ -130,7 +128,7 @@ def _replace_cuda() -> None:
 
 
 def _import_megatron_core() -> None:
-    """Imported before the stand-in packages exist, so that Megatron-Core itself sees that they are absent."""
+    """Import Megatron-Core before the stand-in packages exist, so that it sees that the packages are absent."""
     for module in (
         "models.gpt", "models.gpt.gpt_layer_specs", "optimizer", "distributed", "pipeline_parallel",
         "dist_checkpointing", "transformer.multi_latent_attention", "inference.contexts",
@@ -164,7 +162,7 @@ def _replace_adam() -> None:
 
 
 def _attend_within_packed_sequences() -> None:
-    """Megatron's own attention refuses packed rows: here it runs on each of their sequences by itself."""
+    """Run Megatron's own attention, which refuses packed rows, on each sequence of a packed row separately."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     attend = DotProductAttention.forward
@@ -184,8 +182,8 @@ def _attend_within_packed_sequences() -> None:
 
 
 def _norm_under_sequence_parallelism() -> None:
-    """Megatron's torch norms refuse sequence parallelism, for want of a mark on their weights, of whose gradients each
-    rank then has its positions' part: Transformer Engine's norms set it."""
+    """Let Megatron's torch norms work under sequence parallelism, which they refuse: mark their weights, as Transformer
+    Engine's norms do, so that the gradients are summed over the ranks that hold different positions."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     make = WrappedTorchNorm.__new__
@@ -193,9 +191,9 @@ def _norm_under_sequence_parallelism() -> None:
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         if not config.sequence_parallel:
             return make(cls, config, *args, **kwargs)
-        alone = copy.copy(config)
-        alone.sequence_parallel = False
-        norm = make(cls, alone, *args, **kwargs)
+        unsplit = copy.copy(config)
+        unsplit.sequence_parallel = False
+        norm = make(cls, unsplit, *args, **kwargs)
         for weight in norm.parameters():
             weight.sequence_parallel = True
         return norm
@@ -204,14 +202,15 @@ def _norm_under_sequence_parallelism() -> None:
 
 
 def _route_without_transformer_engine() -> None:
-    """Without Transformer Engine the name of its product is not even defined: None leads to torch's."""
+    """Define the name of Transformer Engine's matrix product, which Megatron's router reads; None selects torch's."""
     from megatron.core.transformer.moe import moe_utils
 
     vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 def _send_contiguous_shards() -> None:
-    """gloo's scatter sends a non-contiguous shard as if it were contiguous: row-parallel weights would arrive wrong."""
+    """Make shards contiguous before a scatter: gloo sends a non-contiguous one as if it were contiguous, so that
+    row-parallel weights would arrive wrong."""
     scatter = dist.scatter
 
     def contiguous_scatter(tensor: Any, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +221,7 @@ def _send_contiguous_shards() -> None:
 
 
 def _split_by_numbers() -> None:
-    """Megatron turns the sizes that experts exchange into numbers as it copies them off the GPU, and only then."""
+    """Turn the sizes that experts exchange into numbers, which Megatron does only while it copies them off a GPU."""
     exchange = dist.all_to_all_single
 
     def all_to_all_single(
@@ -235,7 +234,7 @@ def _split_by_numbers() -> None:
 
 
 class _AbsentModule(types.ModuleType):
-    """A module whose every attribute exists and none of which can be used."""
+    """The stand-in of a module: every attribute exists, and none can be used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -255,7 +254,7 @@ class _AbsentClass:
 
 
 class _AbsentPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty stand-in for an absent package; last on the path, so that a present one is found first."""
+    """Finds an empty stand-in for an absent package. It is the last finder, so that an installed package wins."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Evaluation of a Hugging Face folder or a checkpoint on the problems of a data source."""
+"""`echorl-nemo evaluate`: accuracy of a Hugging Face folder or a checkpoint on the problems of a data source."""
 
 import json
 from collections.abc import Iterator
@@ -24,28 +24,28 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.engines.megatron.verify import verify_rollouts
 from echorl_nemo.report.scores import Score, score_problems, vote_classes, vote_pairs
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import VerifierPool
 from echorl_nemo.rewards.final import final_answer
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.schema import EvaluateConfig
 
 RESPONSES_SUFFIX = ".responses.jsonl"
-"""Of the file beside `evaluation.out` that holds every response."""
+"""Suffix of the file beside `evaluation.out` that holds every response."""
 
 
 def run_rank(
     config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform, closers: ExitStack
 ) -> None:
-    """Roll out, verify and score; the main rank writes `evaluation.out` with the responses beside it, and prints a
-    table."""
+    """Generate, verify and score on this rank. The main rank writes `evaluation.out` and the file of responses, and
+    prints a table."""
     settings = config.evaluation
     model = load_model(config, tokenizer, data, platform)
     done = verified_rollouts(config, model, tokenizer, data, Path(settings.out), closers)
     batch, failures = done.batch, done.failures
-    if not model.parallel.main:
+    if not model.parallel.is_main:
         return
-    right = done.right.view(len(data), settings.samples)
+    right = done.correct.view(len(data), settings.samples)
     scores = score_problems(
         right.tolist(),
         _votes(done, settings.samples),
@@ -74,7 +74,7 @@ def run_rank(
 
 
 def load_model(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, platform: Platform) -> PolicyModel:
-    """The model to look at, with the weights of `evaluation.checkpoint` where one is named."""
+    """Load the model to evaluate: `model.path`, with the weights of `evaluation.checkpoint` if one is named."""
     settings = config.evaluation
     parallel = initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
     model = build_model(config.model, config.parallel, parallel, platform, train=False)
@@ -90,13 +90,13 @@ def load_model(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, p
 
 @dataclass(frozen=True)
 class VerifiedRollouts:
-    """The rollouts of an evaluation, those of a problem in consecutive rows."""
+    """The rollouts of an evaluation with their verdicts. The rollouts of a problem are in consecutive rows."""
 
     batch: RolloutBatch
-    right: Tensor
-    """[N] bool: finished and right."""
+    correct: Tensor
+    """[N] bool: the finished rollouts that the verifier accepts."""
     failures: list[dict[str, str]]
-    """Of the verifier."""
+    """Verdicts that the verifier did not reach, each with its prompt and the reason."""
     verifiers: VerifierPool
 
 
@@ -108,8 +108,8 @@ def verified_rollouts(
     out: Path,
     closers: ExitStack,
 ) -> VerifiedRollouts:
-    """`evaluation.samples` rollouts of each problem, verified; with a progress bar on a terminal, and a heartbeat in
-    the folder of ``out``."""
+    """Generate and verify `evaluation.samples` rollouts of each problem. Shows a progress bar on a terminal, and writes
+    a heartbeat file to the folder of ``out``."""
     settings = config.evaluation
     engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
     verifiers = VerifierPool(
@@ -117,30 +117,30 @@ def verified_rollouts(
     )
     closers.callback(verifiers.close)
     out.parent.mkdir(parents=True, exist_ok=True)
-    watch = Watch(out.parent, dist.get_rank(), limit_seconds=0)
+    watchdog = Watchdog(out.parent, dist.get_rank(), limit_seconds=0)
     parts: list[RolloutBatch] = []
     failures: list[dict[str, str]] = []
     at_a_time = max(1, config.rollout.batch_size * model.parallel.data_size // settings.samples)
-    for number, problems in enumerate(_in_parts(data.all(), at_a_time, shown=model.parallel.main)):
-        watch.step(number)
-        watch.beat("generate")
+    for number, problems in enumerate(_in_parts(data.all(), at_a_time, shown=model.parallel.is_main)):
+        watchdog.start_step(number)
+        watchdog.heartbeat("generate")
         part = engine.generate(problems, settings.samples, seed=settings.seed, temperature=settings.temperature)
-        watch.beat("verify")
+        watchdog.heartbeat("verify")
         failures += verify_rollouts(part, verifiers, model.parallel)
         parts.append(part)
-    watch.beat("done")
+    watchdog.heartbeat("done")
     batch = concatenate(parts)
-    return VerifiedRollouts(batch, right_rollouts(batch), failures, verifiers)
+    return VerifiedRollouts(batch, correct_rollouts(batch), failures, verifiers)
 
 
-def right_rollouts(batch: RolloutBatch) -> Tensor:
-    """[N] bool: those that are finished and rewarded as a success."""
+def correct_rollouts(batch: RolloutBatch) -> Tensor:
+    """[N] bool: the rollouts that are finished and have a reward of at least 1."""
     assert batch.rewards is not None
     return (batch.rewards >= 1.0) & batch.finished
 
 
 def _in_parts(problems: list[Prompt], size: int, *, shown: bool) -> Iterator[list[Prompt]]:
-    """``problems``, ``size`` at a time, with a progress bar where ``shown`` and on a terminal."""
+    """Iterate over ``problems``, ``size`` at a time, with a progress bar if ``shown`` and on a terminal."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("problems"),
@@ -159,8 +159,9 @@ def _in_parts(problems: list[Prompt], size: int, *, shown: bool) -> Iterator[lis
 
 
 def _votes(done: VerifiedRollouts, samples: int) -> list[list[int]]:
-    """By problem, the answer that each rollout votes for; answers are equal if the verifier says so."""
-    batch, right = done.batch, done.right.tolist()
+    """For each problem the class of answers that each rollout votes for. The verifier decides which answers are
+    equal."""
+    batch, right = done.batch, done.correct.tolist()
     answers = [final_answer(response) for response in batch.responses]
     starts = range(0, len(batch), samples)
     pairs = [
@@ -196,10 +197,10 @@ def _write(
 
 
 def _write_responses(out: Path, done: VerifiedRollouts) -> Path:
-    """Every response with its verdict, one JSON object a line."""
+    """Write every response with its verdict, one JSON object a line, and return the file's path."""
     path, batch = out.with_suffix(RESPONSES_SUFFIX), done.batch
     with path.open("w", encoding="utf-8") as file:
-        for i, right in enumerate(done.right.tolist()):
+        for i, right in enumerate(done.correct.tolist()):
             row = {
                 "prompt": batch.prompts[i],
                 "answer": batch.answers[i],
@@ -227,9 +228,9 @@ def _show(facts: dict[str, Any], scores: dict[str, Score], paths: list[Path]) ->
 
 
 def _show_wrong(done: VerifiedRollouts, count: int) -> None:
-    """The first wrong responses, one of each problem."""
+    """Print the first ``count`` wrong responses, at most one of each problem."""
     console, batch = Console(highlight=False), done.batch
-    wrong = {int(batch.group_ids[i]): i for i in reversed(range(len(batch))) if not done.right[i]}
+    wrong = {int(batch.group_ids[i]): i for i in reversed(range(len(batch))) if not done.correct[i]}
     for i in sorted(wrong.values())[:count]:
         ended = "" if batch.finished[i] else " (truncated)"
         console.rule(f"wrong{ended}, reference {batch.answers[i]}", characters="-")

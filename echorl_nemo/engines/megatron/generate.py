@@ -1,4 +1,4 @@
-"""Rollouts from the policy itself, with Megatron-Core's inference context.
+"""Rollout engine `megatron`: the policy itself generates, with Megatron-Core's inference context.
 
 Prompts of different lengths share a batch without padding: the batch is prefilled up to its shortest prompt, and a
 longer prompt's tokens are fed one by one where others already sample.
@@ -27,33 +27,36 @@ from echorl_nemo.rollout.engine import WeightSource
 from echorl_nemo.rollout.sampling import rollout_uniforms, sample_tokens
 
 COMPACT_SHARE = 0.2
-"""Finished rollouts leave the batch, and the KV cache, once they are this share of it: each time copies the cache."""
+"""Share of finished rollouts at which they are removed from the batch and the KV cache. Each removal copies the
+cache."""
 
 
 class MegatronRolloutEngine:
-    """Generates with the weights that are being trained, so that there is nothing to transfer."""
+    """Generates with the weights of the policy that is trained, so that no weights are transferred."""
 
     def __init__(self, model: PolicyModel, tokenizer: Tokenizer, config: RolloutConfig) -> None:
         self.model, self.parallel, self.tokenizer, self.config = model, model.parallel, tokenizer, config
         self.vocab_size = len(tokenizer)
-        """Entries that may be sampled: what the model has beyond the tokenizer has no text."""
+        """Number of ids that may be sampled: those of the tokenizer. Further ids of the model have no text."""
         self._stop = torch.tensor(tokenizer.stop_ids, device=self.parallel.device)
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
     ) -> RolloutBatch:
         """See `RolloutEngine.generate`."""
-        rows = [(prompts[i], member) for i in self.parallel.my_share(len(prompts)) for member in range(group_size)]
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0].tokens))  # rows of a batch alike
+        rows = [(prompts[i], member) for i in self.parallel.shard(len(prompts)) for member in range(group_size)]
+        by_length = sorted(
+            range(len(rows)), key=lambda i: len(rows[i][0].tokens)
+        )  # so that a batch has similar lengths
         size = self.config.batch_size
         self.model.ddp.eval()
         parts = []
         with torch.no_grad(), _whole_positions(self.model):
             heat = self.config.temperature if temperature is None else temperature
             batches = -(-len(rows) // size)
-            for number in range(self.parallel.most_of_replicas(batches)):
+            for number in range(self.parallel.max_over_replicas(batches)):
                 chosen = by_length[number * size : (number + 1) * size]
-                # a replica without a rollout goes along with one that nobody gets
+                # a replica without rollouts runs the same number of batches, and its result is dropped
                 mine_here = [rows[i] for i in chosen] or [(prompts[0], 0)]
                 part = _Decoding(self, mine_here, seed, heat).run()
                 if number < batches:
@@ -62,25 +65,25 @@ class MegatronRolloutEngine:
         if parts:
             back_in_order = torch.tensor(by_length).argsort()
             mine = concatenate(parts).select(back_in_order)
-        return self.parallel.share_rollouts(mine)
+        return self.parallel.gather_rollouts(mine)
 
     def update_weights(self, policy: WeightSource) -> None:
-        """The weights are the policy's."""
+        """Does nothing: the weights are the policy's own."""
 
     def sleep(self) -> None:
-        """The KV cache goes with the last rollout of a batch."""
+        """Does nothing: the KV cache is freed at the end of each batch."""
 
     def wake(self) -> None:
-        """It comes with the first of the next."""
+        """Does nothing: the KV cache is allocated at the start of each batch."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Does nothing: this engine starts no process."""
 
 
 @contextmanager
 def _whole_positions(model: PolicyModel) -> Iterator[None]:
-    """A token at a time cannot be spread over ranks: sequence parallelism rests meanwhile, but for experts' layers,
-    which gather and spread by themselves."""
+    """Turn sequence parallelism off meanwhile, since one token at a time cannot be split over ranks. The layers of
+    experts keep it: they gather and split the tokens themselves."""
     if not model.config.sequence_parallel:
         yield
         return
@@ -91,7 +94,7 @@ def _whole_positions(model: PolicyModel) -> Iterator[None]:
 
 @dataclass
 class _Decoding:
-    """One generation batch, from prefill to the last stop token. Every rank of the replica steps in unison."""
+    """One generation batch, from prefill to the last stop token. All ranks of the replica run the same steps."""
 
     engine: MegatronRolloutEngine
     rows: list[tuple[Prompt, int]]
@@ -112,7 +115,9 @@ class _Decoding:
         ).to(device)
         self.lengths = self.prompt_lengths.clone()
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
-        self.statistics = torch.zeros(2, count, self.width, device=device)  # log-probs and entropies, on `source`
+        self.statistics = torch.zeros(
+            2, count, self.width, device=device
+        )  # log-probs and entropies, on `last_stage_rank`
 
     def run(self) -> RolloutBatch:
         context = StaticInferenceContext(len(self.rows), self.width)
@@ -131,15 +136,15 @@ class _Decoding:
             start, end = end, end + 1
 
     def _say_that_more_follows(self) -> None:
-        """To replicas that are done, and share experts with this one."""
-        self.engine.parallel.most_of_replicas(1)
+        """Let replicas that are done, and share experts with this one, know that one more forward follows."""
+        self.engine.parallel.max_over_replicas(1)
 
     def _wait_in_step(self, active: Tensor, position: int, context: StaticInferenceContext) -> None:
-        """Until every replica that shares experts with this one is done, repeat the forward of the token at
-        ``position`` with one rollout, for the others' tokens that are routed here."""
+        """Repeat the forward of the token at ``position`` with one rollout until every replica that shares experts with
+        this one is done: this rank's experts serve their tokens."""
         first = torch.zeros(len(active), dtype=torch.bool, device=active.device)
         first[0] = True
-        while self.engine.parallel.in_step and self.engine.parallel.most_of_replicas(0):
+        while self.engine.parallel.lockstep and self.engine.parallel.max_over_replicas(0):
             if len(active) > 1:
                 active, first = self._drop(active, first, context), first[:1]
             context.sequence_len_offset = position
@@ -153,7 +158,7 @@ class _Decoding:
         """Logits [A, V] of the last position, on the last pipeline stage; ``tokens`` [A, new positions]."""
         model, parallel = self.engine.model, self.engine.parallel
         rows, new = tokens.shape
-        if not parallel.first_stage:
+        if not parallel.is_first_stage:
             shape = (new, rows, model.config.hidden_size)
             hidden = torch.empty(shape, dtype=model.config.pipeline_dtype, device=parallel.device)
             recv_from_prev_pipeline_rank_(hidden)
@@ -161,7 +166,7 @@ class _Decoding:
         positions = torch.arange(start, start + new, device=tokens.device).expand_as(tokens)
         output = model.module(tokens, positions, None, inference_context=context, runtime_gather_output=True)
         context.increment_sequence_len_offset(new)
-        if not parallel.last_stage:
+        if not parallel.is_last_stage:
             send_to_next_pipeline_rank(output)
             return None
         logits: Tensor = output[:, -1, : self.engine.vocab_size]
@@ -181,7 +186,7 @@ class _Decoding:
                 top_p=self.engine.config.top_p,
                 top_k=self.engine.config.top_k,
             )
-        # every rank must go on with the same token: the one that `source` chose
+        # every rank must continue with the same token: the one that `last_stage_rank` chose
         chosen = self.engine.parallel.broadcast_from_last_stage(chosen, active.shape, torch.long)
         if logits is not None:
             logprobs, entropies = logprob_and_entropy(logits, chosen, temperature=self.temperature or 1.0)
@@ -191,7 +196,7 @@ class _Decoding:
         self.finished[active] |= sampling & torch.isin(chosen, self.engine._stop)
 
     def _drop(self, active: Tensor, keep: Tensor, context: StaticInferenceContext) -> Tensor:
-        """Let the finished rollouts leave the batch: their rows go from the KV cache."""
+        """Remove all rollouts but those in ``keep`` from the batch and from the KV cache."""
         for layer, (keys, values) in context.key_value_memory_dict.items():
             context.key_value_memory_dict[layer] = (keys[:, keep], values[:, keep])
         active = active[keep]

@@ -1,4 +1,4 @@
-"""Starting ranks: under torchrun or srun this process is one of them, else the program starts its own."""
+"""Starts the ranks of a run. Under torchrun or srun this process is one of them; otherwise it starts them itself."""
 
 import fcntl
 import multiprocessing
@@ -21,22 +21,22 @@ from torch.distributed.rendezvous import rendezvous
 
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
-from echorl_nemo.resilience.ending import OWN_LAUNCHER, RankEnding, Store, cause_was_said, is_done, say_done
+from echorl_nemo.resilience.ending import OWN_LAUNCHER, RankEnding, Store, cause_was_printed, is_done, mark_done
 from echorl_nemo.resilience.orphans import die_with_parent
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
-from echorl_nemo.resilience.streams import make_output_patient
+from echorl_nemo.resilience.streams import tolerate_closed_output
 
 RankFunction = Callable[[ExitStack], int]
-"""Gives an exit code; what it starts is closed by the callbacks that it leaves with the stack."""
+"""The work of a rank. It returns an exit code, and adds a callback to the stack for everything that must be closed."""
 Connect = Callable[[], tuple[Store, int]]
-"""Gives the store that all ranks share, and this rank's number."""
+"""Returns the store that all ranks share, and this rank's number."""
 POLL_SECONDS = 0.1
 FOLDER_PREFIX = "echorl-"
-"""Of the temporary folder in which own ranks find each other."""
+"""Prefix of the temporary folder in which the ranks that this program starts find each other."""
 
 
-def outer_world() -> int | None:
-    """Ranks started by torchrun or srun, None if this process is on its own."""
+def external_world_size() -> int | None:
+    """Number of ranks that torchrun or srun started; None if neither started this process."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     # a batch script, too, has SLURM_PROCID and SLURM_NTASKS; only a step that srun started has this one
@@ -52,18 +52,21 @@ def launch(
     timeout_minutes: int,
     signals: StopSignals | None = None,
 ) -> int:
-    """Run ``function`` on every one of ``world`` ranks with torch.distributed initialised; returns an exit code, that
-    of the ranks where all ended with the same. Under torchrun or srun this process is a rank, and ends here.
+    """Run ``function`` on ``world`` ranks with torch.distributed initialised. Returns the exit code of the ranks, 1 if
+    theirs differ. Under torchrun or srun this process is a rank: it runs ``function`` and ends here.
 
-    A rank that fails ends the others. `SIGNALS` are passed on to the ranks, which take them with ``signals``, or end.
+    If a rank fails the others are ended. `SIGNALS` are forwarded to the ranks, which receive them through ``signals``;
+    with None a signal ends them.
     """
-    if outer_world() is not None:
+    if external_world_size() is not None:
         _adopt_slurm_environment()
         rank = int(os.environ["RANK"])
         ending = RankEnding(rank)
-        ending.run(lambda closers: _as_rank(function, platform, ending, _outer_store, world, timeout_minutes, signals))
+        ending.run(
+            lambda closers: _as_rank(function, platform, ending, _external_store, world, timeout_minutes, signals)
+        )
     platform.check_devices(world)
-    make_output_patient()
+    tolerate_closed_output()
     with _rendezvous_folder() as folder:
         context: Any = multiprocessing.get_context(platform.start_method)
         path, parent = str(folder / "rendezvous"), os.getpid()
@@ -75,20 +78,21 @@ def launch(
             )
             for rank in range(world)
         ]
-        # without ``signals`` there is nothing to save, and a ctrl-C interrupts this program as any other
+        # without ``signals`` there is nothing to save, and ctrl-C interrupts this program like any other
         passed = SIGNALS if signals is not None else tuple(each for each in SIGNALS if each != signal.SIGINT)
-        with _passing_on(passed, ranks) as pass_on_missed:
-            # held back until a rank listens: it would take the handler of this process, or die
+        with _forwarding(passed, ranks) as forward_missed:
+            # blocked until the ranks listen: before that a rank would run this process's handler, or die
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for process in ranks:
                 process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            pass_on_missed()
+            forward_missed()
             return _wait(ranks, _file_store(path, world))
 
 
 def _wait(ranks: list[Any], store: Store) -> int:
-    """The exit code of all ranks, 1 if they differ. Says which rank failed where no rank has said why."""
+    """Wait for all ranks and return their exit code, 1 if theirs differ. Prints which rank failed if no rank has
+    printed a cause."""
     try:
         while any(process.is_alive() for process in ranks) and not _failed(ranks, store):
             time.sleep(POLL_SECONDS)
@@ -96,10 +100,10 @@ def _wait(ranks: list[Any], store: Store) -> int:
     finally:
         for process in ranks:
             if process.is_alive():
-                process.kill()  # a rank takes SIGTERM for a wish to be heard between steps
+                process.kill()  # after SIGTERM a rank would finish its step first
         for process in ranks:
             process.join()
-    if failed and not cause_was_said(store):
+    if failed and not cause_was_printed(store):
         for process in failed:
             how = f"exit code {process.exitcode}" if process.exitcode >= 0 else f"signal {-process.exitcode}"
             print(f"error: {process.name} (process {process.pid}) ended with {how}", file=sys.stderr)
@@ -108,15 +112,15 @@ def _wait(ranks: list[Any], store: Store) -> int:
 
 
 def _failed(ranks: list[Any], store: Store) -> list[Any]:
-    """The ranks that have ended otherwise than by being done."""
+    """The ranks that have ended without finishing their work."""
     ended = [(rank, process) for rank, process in enumerate(ranks) if process.exitcode is not None]
     return [process for rank, process in ended if process.exitcode not in (0, EXIT_REQUEUE) or not is_done(store, rank)]
 
 
 @contextmanager
 def _rendezvous_folder() -> Iterator[Path]:
-    """A temporary folder, locked while it is used, so that one of a launcher that was killed is recognised and
-    removed."""
+    """A temporary folder that is locked while it is used. Folders of launchers that were killed are not locked, and are
+    removed here."""
     for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/lock"):
         try:
             with left.open("rb") as file:
@@ -130,12 +134,12 @@ def _rendezvous_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _passing_on(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator[Callable[[], None]]:
-    """While the ranks run, ``signals`` are theirs. Gives a function for the moment when all have started: it passes on
-    what came before."""
+def _forwarding(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator[Callable[[], None]]:
+    """Forward ``signals`` to the ranks. Yields a function to call when all have started, which forwards the signals
+    that came before."""
     missed: list[int] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         if any(process.pid is None for process in ranks):
             missed.append(number)
             return
@@ -143,14 +147,14 @@ def _passing_on(signals: Sequence[signal.Signals], ranks: list[Any]) -> Iterator
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    def pass_on_missed() -> None:
+    def forward_missed() -> None:
         for number in missed:
-            pass_on(number, None)
+            forward(number, None)
 
-    before = {number: signal.signal(number, pass_on) for number in signals}
+    before = {number: signal.signal(number, forward) for number in signals}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        yield pass_on_missed
+        yield forward_missed
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -168,11 +172,11 @@ def _child(
     signals: StopSignals | None,
 ) -> None:
     die_with_parent(parent)
-    os.setpgid(0, 0)  # a terminal's ctrl-C goes to the launcher, which passes it on once
+    os.setpgid(0, 0)  # ctrl-C of a terminal reaches only the launcher, which forwards it once
     os.environ[OWN_LAUNCHER] = str(parent)
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(rank), str(world)
     signal.set_wakeup_fd(-1)
-    if signals is None:  # not the handlers of the process that this one was forked from
+    if signals is None:  # a forked rank has the launcher's handlers
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
     ending = RankEnding(rank)
@@ -193,7 +197,7 @@ def _as_rank(
     signals: StopSignals | None,
 ) -> int:
     if signals is not None:
-        signals.listen(end_at_once=ending.at_once, peer_is_gone=ending.peer_is_gone)
+        signals.listen(end_now=ending.end_now, peer_is_gone=ending.peer_is_gone)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if platform.backend == "gloo" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cpus() // _local_ranks(world)))
@@ -202,9 +206,9 @@ def _as_rank(
     dist.init_process_group(
         platform.backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes)
     )
-    ending.meet(store, world)
+    ending.register_peers(store, world)
     code = function(ending.closers)
-    say_done(store, rank)
+    mark_done(store, rank)
     dist.destroy_process_group()
     return code
 
@@ -213,14 +217,14 @@ def _file_store(path: str, world: int) -> Store:
     return dist.FileStore(path, world)  # type: ignore[attr-defined]
 
 
-def _outer_store() -> tuple[Store, int]:
-    """Of torchrun's or srun's environment variables."""
+def _external_store() -> tuple[Store, int]:
+    """The store and the rank's number from the environment variables of torchrun or srun."""
     store, rank, _ = next(rendezvous("env://"))
     return store, rank
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: those of its affinity mask, or as many as its cgroup's quota allows."""
+    """Number of CPUs that this process may use: its affinity mask, limited by the quota of its control group."""
     affinity = len(os.sched_getaffinity(0))
     for quota in _cgroup_quotas():
         affinity = min(affinity, max(1, round(quota)))
@@ -228,7 +232,7 @@ def available_cpus() -> int:
 
 
 def _cgroup_quotas() -> Iterator[float]:
-    """CPUs that control groups of version 2 and 1 allow, where they set a limit."""
+    """Quotas of the process's control group in CPUs, for versions 2 and 1; none if there is no limit."""
     root = Path("/sys/fs/cgroup")
     for path in (root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"):
         if not path.is_file():
@@ -241,17 +245,18 @@ def _cgroup_quotas() -> Iterator[float]:
 
 
 def _local_ranks(world: int) -> int:
-    """Ranks of this machine."""
+    """Number of ranks on this machine."""
     slurm = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
     return int(os.environ.get("LOCAL_WORLD_SIZE") or slurm or world)
 
 
 def _adopt_slurm_environment() -> None:
-    """srun names its variables differently from torchrun."""
+    """Set torchrun's environment variables from those of srun. Raises UserError if MASTER_ADDR or MASTER_PORT is
+    missing."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(
-                f"{name} is not set: under srun, export MASTER_ADDR (the job's first host) and MASTER_PORT before it"
+                f"{name} is not set; before srun, export MASTER_ADDR (the job's first host) and MASTER_PORT"
             )
     for ours, slurms in (
         ("RANK", "SLURM_PROCID"),

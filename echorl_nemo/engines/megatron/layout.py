@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from echorl_nemo.engines.megatron.launch import outer_world
+from echorl_nemo.engines.megatron.launch import external_world_size
 from echorl_nemo.errors import UserError, first_line
 from echorl_nemo.ops.ranges import Interval
 from echorl_nemo.schema import EvaluateConfig, LayoutConfig, ModelConfig, ParallelConfig, RunConfig
@@ -46,11 +46,11 @@ SCALES = {
 def world_size(config: RunConfig | EvaluateConfig) -> int:
     """Ranks of the run. Fills in what `parallel` leaves open. Raises UserError if torchrun or srun started another
     number."""
-    outer = outer_world()
+    outer = external_world_size()
     gpus = outer or _gpus_here(config.parallel.device)
-    settle_layout(config.parallel, config.model, gpus, alone=outer is None)
+    resolve_layout(config.parallel, config.model, gpus, starts_ranks=outer is None)
     layout = config.parallel
-    replica = replica_size(layout)
+    replica = ranks_per_replica(layout)
     if layout.data is None:
         layout.data = 1 if outer is None else max(1, outer // replica)
     world = replica * layout.data
@@ -63,8 +63,8 @@ def world_size(config: RunConfig | EvaluateConfig) -> int:
     return world
 
 
-def settle_layout(layout: ParallelConfig, model: ModelConfig, gpus: int, *, alone: bool) -> None:
-    """Replace the zeros of `parallel` by the model's default layout on ``gpus`` GPUs. With ``alone``, where this
+def resolve_layout(layout: ParallelConfig, model: ModelConfig, gpus: int, *, starts_ranks: bool) -> None:
+    """Replace the zeros of `parallel` by the model's default layout on ``gpus`` GPUs. With ``starts_ranks``, where this
     program starts the ranks, replicas take the other GPUs."""
     if layout.tensor and layout.pipeline:
         return
@@ -75,11 +75,11 @@ def settle_layout(layout: ParallelConfig, model: ModelConfig, gpus: int, *, alon
     default = model.layouts[max(fitting)] if fitting else LayoutConfig()
     layout.tensor, layout.pipeline = default.tensor, default.pipeline
     layout.expert = max(layout.expert, default.expert)
-    if layout.data is None and alone:
-        layout.data = max(1, gpus // replica_size(layout))
+    if layout.data is None and starts_ranks:
+        layout.data = max(1, gpus // ranks_per_replica(layout))
 
 
-def replica_size(layout: ParallelConfig) -> int:
+def ranks_per_replica(layout: ParallelConfig) -> int:
     """Ranks of one replica of the policy."""
     return layout.tensor * layout.pipeline * layout.context
 
@@ -117,7 +117,7 @@ def model_problems(layout: ParallelConfig, model: ModelConfig) -> list[str]:
         return problems + layout_problems(
             layout, described_config(model) if model.architecture else read_hf_config(model)
         )
-    except UserError:  # told already
+    except UserError:  # `path_problems` has reported it
         return problems
 
 
@@ -158,8 +158,8 @@ def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list
         wanted.append(("experts", experts, "parallel.expert", expert))
         if tensor > 1 and not layout.sequence:
             problems.append(
-                f"parallel.sequence=false: Megatron trains a mixture of experts with parallel.tensor={tensor} under "
-                "sequence parallelism alone; use true, or parallel.tensor=1"
+                f"parallel.sequence=false: Megatron trains a mixture of experts with parallel.tensor={tensor} only under "
+                "sequence parallelism; use true, or parallel.tensor=1"
             )
         if layout.data is not None and (tensor * layout.context * layout.data) % expert:
             problems.append(

@@ -1,5 +1,5 @@
-"""Megatron's own model on the meta device, where tensors have shapes and no memory, in a fake process group that stands
-for all ranks. The method is torchtitan's for checking a layout without its GPUs."""
+"""Builds Megatron's model on the meta device, where tensors have shapes and no memory, in a fake process group of all
+ranks. torchtitan checks layouts without GPUs in the same way."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ def meta_model(
     *,
     adjust: Callable[[Any], None] = lambda provider: None,
 ) -> Any:
-    """The shard that the first rank of pipeline ``stage`` holds.
+    """The shard of the model that the first rank of pipeline ``stage`` holds, without weights.
 
-    ``bridge`` is Megatron-Bridge's AutoBridge of the model; ``adjust`` changes its provider before the model is made.
+    ``bridge`` is Megatron-Bridge's AutoBridge of the model; ``adjust`` changes its provider before the model is built.
     """
     from echorl_nemo.engines.megatron.model import configure  # imports only with the stand-ins of ``platform`` in place
 
@@ -64,7 +64,7 @@ def _fake_ranks(layout: ParallelConfig, world: int, rank: int) -> Iterator[None]
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Megatron asks for the current device by name where it makes a weight."""
+    """Create all tensors on the meta device, also those for which Megatron asks CUDA for the current device."""
     current = torch.cuda.current_device
     setattr(torch.cuda, "current_device", lambda: torch.device("meta"))  # noqa: B010  Megatron takes what it gets
     try:

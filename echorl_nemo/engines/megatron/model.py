@@ -1,4 +1,4 @@
-"""The policy's model: from a Hugging Face folder into Megatron-Core and back, through Megatron-Bridge."""
+"""The policy's model: imported from a Hugging Face folder into Megatron-Core, and exported, by Megatron-Bridge."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import local_layer_spec
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from echorl_nemo.engines.megatron.model_settings import attention_settings, set_frequencies, set_on_provider
+from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings, set_inverse_frequencies
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.schema import ModelConfig, ParallelConfig
@@ -22,17 +22,17 @@ class PolicyModel:
     bridge: Any
     """Megatron-Bridge's AutoBridge of the Hugging Face model."""
     ddp: Any
-    """megatron.core DistributedDataParallel around the model; what is trained. The model itself where nothing is."""
+    """megatron.core's DistributedDataParallel around the model, or the model itself if it is not trained."""
     config: Any
-    """Its TransformerConfig."""
+    """The model's TransformerConfig."""
     parallel: Parallel
-    """The groups that it is spread over."""
+    """The process groups that the model is spread over."""
     call_options: dict[str, Any]
-    """Of a forward that wants its logits as they were computed, not as a float32 copy."""
+    """Arguments of a forward that returns the logits in the precision of the model, not as a float32 copy."""
 
     @property
     def module(self) -> Any:
-        """The model inside, in its own precision; what generates."""
+        """The model without the wrapper for data parallelism."""
         return self.ddp.module if isinstance(self.ddp, DistributedDataParallel) else self.ddp
 
     def export(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective"},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-"""Megatron's words for `trainer.recompute`."""
+"""Megatron's settings for each value of `trainer.recompute`."""
 
 
 def build_model(
@@ -57,8 +57,8 @@ def build_model(
     recompute: str = "none",
     train: bool = True,
 ) -> PolicyModel:
-    """Import the Hugging Face weights into this rank's shard; with ``train`` wrap it for data-parallel training, which
-    takes a buffer of gradients, 4 bytes a parameter."""
+    """Import the Hugging Face weights into this rank's shard. With ``train`` the shard is wrapped for data-parallel
+    training, which allocates a buffer of gradients with 4 bytes a parameter."""
     bridge = AutoBridge.from_hf_pretrained(
         config.path, torch_dtype=platform.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -66,7 +66,7 @@ def build_model(
     configure(provider, layout, platform)
     settings = attention_settings(bridge.hf_pretrained.config)
     if settings is not None:
-        set_on_provider(provider, settings)
+        apply_to_provider(provider, settings)
     for name, value in RECOMPUTE[recompute].items():
         setattr(provider, name, value)
     provider.finalize()
@@ -79,7 +79,7 @@ def build_model(
         wrap_with_ddp=train,
     )
     if settings is not None:
-        set_frequencies(ddp[0], settings)
+        set_inverse_frequencies(ddp[0], settings)
     return PolicyModel(
         bridge=bridge,
         ddp=ddp[0],
@@ -90,7 +90,7 @@ def build_model(
 
 
 def configure(provider: Any, layout: ParallelConfig, platform: Platform) -> None:
-    """Set a Megatron-Bridge model provider to what this engine trains with; `finalize` is left to the caller."""
+    """Set this engine's options on a Megatron-Bridge model provider. The caller calls `finalize`."""
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -109,7 +109,7 @@ def configure(provider: Any, layout: ParallelConfig, platform: Platform) -> None
         "perform_initialization": True,
         # padded columns would take part in every softmax
         "should_pad_vocab": False,
-        # our losses are divided by the counts of the whole step: Megatron shall neither average nor rescale them
+        # our losses are divided by the counts of the whole step: Megatron must neither average nor rescale them
         "calculate_per_token_loss": True,
         **platform.provider_overrides,
     }

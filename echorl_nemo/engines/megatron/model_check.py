@@ -1,4 +1,4 @@
-"""At load the policy is compared with transformers' own model, so that no fault of an import trains silently.
+"""Compares the policy with transformers' own model after loading, so that a wrong import of a model is noticed.
 
 Up to `WHOLE_LIMIT` parameters: log-probs and entropies of a few hundred tokens under a float32 model on the CPU. Above:
 the outputs of the first two layers. At any size: the settings of position encoding and attention of every layer.
@@ -26,43 +26,45 @@ from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import ModelConfig
 
 WHOLE_LIMIT = 2e9
-"""Parameters above which only the first layers are compared: a float32 copy on the host takes 4 bytes each."""
+"""Number of parameters above which only the first layers are compared. A float32 copy takes 4 bytes a parameter."""
 ROWS, POSITIONS, LAYERS = 4, 96, 2
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15}
-"""Mean absolute difference of log-probs and entropies, nats; faults of position encodings cost tenths to nats."""
+"""Largest allowed mean absolute difference of log-probs and entropies, nats. A wrong position encoding costs tenths of
+a nat or more."""
 HIDDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Norm of the difference of hidden states, over their norm."""
+"""Largest allowed norm of the difference of hidden states, relative to their norm."""
 
 
 def check_model(
     scorer: MegatronScorer, config: ModelConfig, prompts: Sequence[tuple[int, ...]], *, limit: float = WHOLE_LIMIT
 ) -> str:
-    """Compare the model of ``scorer`` with transformers' at `model.path`; returns what was compared, for people.
+    """Compare the model of ``scorer`` with transformers' model at `model.path`; return a sentence about the result.
 
-    ``prompts``: token ids, of which the first make half of the rows; the others are random. Every rank calls this.
-    Raises UserError that says what differs.
+    ``prompts``: token ids. The first of them fill half of the compared rows; the other rows are random. Every rank must
+    call this. Raises UserError that says what differs.
     """
     model = scorer.model
     hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     settings = attention_settings(hf_config)
-    wrong = setting_faults(model.module, settings) if settings is not None else []
-    faults = model.parallel.share_objects(wrong)
+    wrong = settings_faults(model.module, settings) if settings is not None else []
+    faults = model.parallel.all_gather_objects(wrong)
     if faults:
         raise SharedError(_message(config, sorted(set(faults))[0]))
     known = getattr(hf_config, "max_position_embeddings", None) or POSITIONS
     positions = min(POSITIONS, scorer.pack_tokens or POSITIONS, known)
     # the same on every rank, whatever data each of them has read
-    prompts = model.parallel.of_main(lambda: list(prompts[: ROWS * POSITIONS]))
+    prompts = model.parallel.run_on_main_rank(lambda: list(prompts[: ROWS * POSITIONS]))
     batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, positions)
     parameters = sum(weight.numel() for weight in model.module.parameters())
-    total = sum(model.parallel.share_objects([parameters])) / model.parallel.data_size
+    total = sum(model.parallel.all_gather_objects([parameters])) / model.parallel.data_size
     if total <= limit:
         return _compare_scores(scorer, config, batch)
     return _compare_layers(model, config, batch, hf_config)
 
 
-def setting_faults(module: Any, settings: AttentionSettings) -> list[str]:
-    """Where the position encodings, scales and windows of a Megatron model are not those of ``settings``."""
+def settings_faults(module: Any, settings: AttentionSettings) -> list[str]:
+    """The differences between ``settings`` and the position encodings, scales and windows of a Megatron model, as
+    sentences; empty if there are none."""
     found = []
     for rotary in rotary_embeddings(module):
         own, expected = rotary.inv_freq.float().cpu(), settings.inverse_frequencies
@@ -70,7 +72,7 @@ def setting_faults(module: Any, settings: AttentionSettings) -> list[str]:
             found.append("the inverse frequencies of its position encoding differ")
         if getattr(rotary, "seq_len_interpolation_factor", None) is not None:
             found.append("its positions are interpolated")
-    for layer in getattr(inner(module).decoder, "layers", []):
+    for layer in getattr(unwrap(module).decoder, "layers", []):
         attention, window = layer.self_attention.core_attention, settings.windows[layer.layer_number - 1]
         scale = getattr(attention, "softmax_scale", None)
         if scale is not None and abs(scale - settings.scale) > 1e-4 * settings.scale:
@@ -85,15 +87,15 @@ def setting_faults(module: Any, settings: AttentionSettings) -> list[str]:
     return found
 
 
-def inner(module: Any) -> Any:
-    """The model inside wrappers of precision and data parallelism."""
+def unwrap(module: Any) -> Any:
+    """The model inside its wrappers for precision and data parallelism."""
     while hasattr(module, "module"):
         module = module.module
     return module
 
 
 def _window(window: Any) -> tuple[int, int] | None:
-    """(-1, 0) and (-1, -1) are Transformer Engine's words for no window."""
+    """``window`` as a pair; None without a window, for which Transformer Engine writes (-1, 0) and (-1, -1)."""
     return None if not window or window[0] < 0 else (int(window[0]), int(window[1]))
 
 
@@ -124,7 +126,7 @@ def _compare_scores(scorer: MegatronScorer, config: ModelConfig, batch: RolloutB
         ]
         return max(float(gap.mean()) for gap in gaps), max(float(gap.max()) for gap in gaps)
 
-    mean, largest = model.parallel.of_main(compare)
+    mean, largest = model.parallel.run_on_main_rank(compare)
     tolerance = TOLERANCE[model.config.params_dtype]
     if not mean <= tolerance:
         raise SharedError(
@@ -154,10 +156,10 @@ def _reference(config: ModelConfig, **changes: Any) -> Any:
 
 
 def _compare_layers(model: PolicyModel, config: ModelConfig, batch: RolloutBatch, hf_config: Any) -> str:
-    """The output of the first layers, on the first tensor-parallel rank of the first stage."""
+    """Compare the output of the first layers, on the first tensor-parallel rank of the first pipeline stage."""
     own = _own_hidden(model, batch.tokens)
-    layers = min(LAYERS, len(inner(model.module).decoder.layers)) if own is not None else 0
-    (layers,) = {count for count in model.parallel.share_objects([layers]) if count}
+    layers = min(LAYERS, len(unwrap(model.module).decoder.layers)) if own is not None else 0
+    (layers,) = {count for count in model.parallel.all_gather_objects([layers]) if count}
 
     def compare() -> float:
         assert own is not None
@@ -173,7 +175,7 @@ def _compare_layers(model: PolicyModel, config: ModelConfig, batch: RolloutBatch
         expected = seen[0].transpose(0, 1)[: own.shape[0]]  # sequence parallelism holds the first positions here
         return float((own - expected).norm() / expected.norm())
 
-    difference = model.parallel.of_main(compare)
+    difference = model.parallel.run_on_main_rank(compare)
     if not difference <= HIDDEN_TOLERANCE[model.config.params_dtype]:
         raise SharedError(_message(config, f"the output of its first {layers} layers differs by {difference:.1%}"))
     return f"the first {layers} layers equal transformers' to {difference:.1e}, and the settings of every layer"
@@ -181,10 +183,10 @@ def _compare_layers(model: PolicyModel, config: ModelConfig, batch: RolloutBatch
 
 def _own_hidden(model: PolicyModel, tokens: Tensor) -> Tensor | None:
     """[S, N, H] float32 on the host: the output of the first stage's first layers; None on other stages."""
-    if not model.parallel.first_stage:
+    if not model.parallel.is_first_stage:
         return None
     seen: list[Tensor] = []
-    stack = inner(model.module).decoder.layers
+    stack = unwrap(model.module).decoder.layers
     layer = stack[min(LAYERS, len(stack)) - 1]
     hook = layer.register_forward_hook(_keeping_output(seen))
     device_tokens = tokens.to(model.parallel.device)
@@ -197,7 +199,7 @@ def _own_hidden(model: PolicyModel, tokens: Tensor) -> Tensor | None:
 
 
 def _keeping_output(seen: list[Tensor]) -> Callable[[Any, Any, Any], None]:
-    """A hook that appends the hidden states which a layer gives."""
+    """A hook that appends the hidden states of a layer's output to ``seen``."""
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
         seen.append((output[0] if isinstance(output, tuple) else output).detach())
@@ -207,6 +209,6 @@ def _keeping_output(seen: list[Tensor]) -> Callable[[Any, Any, Any], None]:
 
 def _message(config: ModelConfig, what: str) -> str:
     return (
-        f"model.path={config.path}: the model that was loaded is not transformers': {what}; report the model, or set "
-        "model.verify=off to train it all the same"
+        f"model.path={config.path}: the loaded model differs from transformers': {what}; report the model, or set "
+        "model.verify=off to train it anyway"
     )

@@ -14,16 +14,16 @@ from echorl_nemo.schema import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Weights that are numbers by themselves; others are quantised."""
+"""Types of weights that are not quantised, as safetensors names them."""
 SHOWN = 3
-"""Weights that a message names."""
+"""Number of weights that a message names."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str]:
-    """What is wrong with the safetensors files of a folder: damaged, missing, quantised, of other shapes than
-    config.json asks for. Nothing of a model that the hub holds."""
+    """Problems of the safetensors files of `model.path`: damaged, missing or quantised weights, or shapes other than
+    those of config.json. A model on the hub is not looked at."""
     folder = Path(model.path)
     if not folder.is_dir():
         return []
@@ -35,7 +35,7 @@ def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str
     wanted = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     optional = set(getattr(skeleton, "_tied_weights_keys", None) or []) if hf_config.tie_word_embeddings else set()
     other = [
-        f"{name} is {list(held[name])}, config.json asks for {list(shape)}"
+        f"{name} has shape {list(held[name])}, config.json asks for {list(shape)}"
         for name, shape in wanted.items()
         if name in held and held[name] != shape
     ]
@@ -44,16 +44,16 @@ def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str
     if hf_config.tie_word_embeddings and _heads_differ(folder, held):
         other.append("tie_word_embeddings=true, and the embedding and lm_head.weight are different weights")
     if missing:
-        other.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} not there")
+        other.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     if further:
-        other.append(f"config.json does not ask for {_some(further)}")
+        other.append(f"config.json has no place for {_some(further)}")
     if not other:
         return []
     return [f"model.path={model.path}: {'; '.join(other[:SHOWN])}; use the config.json that goes with the weights"]
 
 
 def token_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """Whether every id that the tokenizer may give has a row of the embedding."""
+    """A problem if the tokenizer has ids for which the embedding has no row."""
     special = {
         "its pad token": tokenizer.hf.pad_token_id,
         "its bos token": tokenizer.hf.bos_token_id,
@@ -71,7 +71,7 @@ def token_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def prompt_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
-    """Whether every token of the prompts has a row of the embedding."""
+    """A problem if a prompt has a token for which the embedding has no row."""
     if data.largest_id < vocab_size:
         return []
     return [
@@ -81,7 +81,7 @@ def prompt_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
 
 
 def _heads_differ(folder: Path, held: Shapes) -> bool:
-    """Whether a folder holds an output layer of its own that is not its embedding; the first rows are compared."""
+    """Whether a folder holds an output layer that differs from its embedding. Only the first rows are compared."""
     names = [name for name in held if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     if len(names) != 2:
         return False
@@ -93,14 +93,14 @@ def _heads_differ(folder: Path, held: Shapes) -> bool:
 
 
 def _held_shapes(folder: Path) -> tuple[Shapes, list[str]]:
-    """The shapes of every weight of a folder, and what cannot be read."""
+    """The shape of every weight of a folder, and the problems of its files."""
     files, problems = _weight_files(folder)
     shapes: Shapes = {}
     for file in files:
         kinds = {}
         try:
             with safetensors.safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  it is no dictionary
+                for name in weights.keys():  # noqa: SIM118  it is not a dictionary
                     part: Any = weights.get_slice(name)
                     shapes[name], kinds[name] = tuple(part.get_shape()), part.get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
@@ -113,10 +113,10 @@ def _held_shapes(folder: Path) -> tuple[Shapes, list[str]]:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files that make the model, and what is missing of them."""
+    """The safetensors files of the model, and a problem for each one that is missing."""
     index, files = folder / INDEX, sorted(folder.glob("*.safetensors"))
     if not index.is_file():
-        missing = "no .safetensors file is there; convert the weights with transformers' save_pretrained"
+        missing = "there is no .safetensors file; convert the weights with transformers' save_pretrained"
         return files, [] if files else [missing]
     try:
         listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -124,7 +124,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         return [], [f"{INDEX} cannot be read ({error!r}); copy the model again"]
     there = [folder / name for name in sorted(listed) if (folder / name).is_file()]
     gone = sorted(listed - {file.name for file in there})
-    return there, [f"{name} is not there, {INDEX} names it; copy the model again" for name in gone]
+    return there, [f"{name} is missing, {INDEX} names it; copy the model again" for name in gone]
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""What of a model Megatron-Bridge 0.3.1 maps wrongly or not at all: position encodings and attention windows.
+"""Position encodings and attention windows, which Megatron-Bridge 0.3.1 maps wrongly or not at all.
 
 They are read from the Hugging Face configuration by transformers' own functions and set on Megatron's model. Without
 this a model with YaRN, linear or Llama-3 scaling, or with a sliding window, trains on log-probs that are wrong by
-nats, and nothing says so (llama_bridge.py, mistral_bridge.py, qwen2_bridge.py of that release).
+nats, without an error (llama_bridge.py, mistral_bridge.py, qwen2_bridge.py of that release).
 """
 
 import math
@@ -16,38 +16,38 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 MAPPED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-"""Architectures whose attention these settings describe wholly."""
+"""Architectures whose attention `AttentionSettings` describes completely."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-"""Those with fixed frequencies up to the model's positions, which `length_problems` keeps to."""
+"""Kinds of rotary position embedding that can be set: their frequencies are fixed up to the model's last position."""
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """How a model encodes positions, scales its attention and limits it."""
+    """A model's position encoding, attention scale, attention windows, and routing of experts."""
 
     inverse_frequencies: Tensor
-    """[head width / 2] float32, of rotary position embedding."""
+    """[head width / 2] float32: the inverse frequencies of the rotary position embedding."""
     scale: float
-    """Factor of the attention logits."""
+    """Factor by which the attention logits are multiplied."""
     windows: tuple[int | None, ...]
-    """For each layer, how many tokens it attends to, itself among them; None: all before it."""
+    """For each layer the number of tokens that a token attends to, itself included; None: all tokens before it."""
     experts_renormalised: bool | None
-    """Whether the weights of a token's experts add up to 1; None of a dense model."""
+    """Whether the weights of a token's experts add up to 1; None for a dense model."""
 
     @property
     def window(self) -> int | None:
-        """The window of the layers that have one; transformers knows one size for a model."""
+        """The attention window of the layers that have one; None if no layer has. A model has one size of window."""
         return next((window for window in self.windows if window is not None), None)
 
 
 def rope_type(hf_config: PretrainedConfig) -> str:
-    """The kind of rotary position embedding, by transformers' name."""
+    """The kind of rotary position embedding, under transformers' name."""
     scaling = getattr(hf_config, "rope_scaling", None) or {}
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
-    """The settings of a model; None of an architecture that is not one of `MAPPED_FAMILIES`."""
+    """The attention settings of a model; None if its architecture is not one of `MAPPED_FAMILIES`."""
     if hf_config.model_type not in MAPPED_FAMILIES:
         return None
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type(hf_config)](hf_config, torch.device("cpu"))
@@ -59,7 +59,7 @@ def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
 
 
 def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
-    """Position encodings that Megatron's model cannot be given."""
+    """A problem if Megatron's model cannot have the model's position encoding."""
     kind = rope_type(hf_config)
     if hf_config.model_type not in MAPPED_FAMILIES:
         return []
@@ -69,19 +69,19 @@ def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
         sound = bool((settings.inverse_frequencies > 0).all() and settings.inverse_frequencies.isfinite().all())
         if sound and math.isfinite(settings.scale) and settings.scale > 0:
             return []
-        return [f"model.path={path}: its rope_scaling makes no positive frequencies; correct its config.json"]
+        return [f"model.path={path}: its rope_scaling gives frequencies that are not positive; correct its config.json"]
     return [
-        f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine cannot set; use a "
+        f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine does not have; use a "
         f"model with one of {', '.join(ROPE_TYPES)}"
     ]
 
 
-def set_on_provider(provider: Any, settings: AttentionSettings) -> None:
-    """Set scale, windows and the routing of experts on a provider of Megatron-Bridge, before the model is made."""
+def apply_to_provider(provider: Any, settings: AttentionSettings) -> None:
+    """Set scale, windows and the routing of experts on a Megatron-Bridge provider, before the model is built."""
     if settings.experts_renormalised is not None:
         provider.moe_router_pre_softmax = not settings.experts_renormalised
     provider.position_embedding_type = "rope"
-    provider.rope_scaling = False  # `set_frequencies` has them as they are
+    provider.rope_scaling = False  # `set_inverse_frequencies` sets the scaled frequencies
     provider.seq_len_interpolation_factor = None
     for name in [name for name in vars(provider) if name.startswith("yarn_")]:
         delattr(provider, name)  # Megatron would scale queries and keys once more
@@ -92,19 +92,20 @@ def set_on_provider(provider: Any, settings: AttentionSettings) -> None:
         provider.window_attn_skip_freq = [int(window is not None) for window in settings.windows]
 
 
-def set_frequencies(module: Any, settings: AttentionSettings) -> None:
-    """Set the inverse frequencies of Megatron's rotary embeddings, before their first use: they are cached."""
+def set_inverse_frequencies(module: Any, settings: AttentionSettings) -> None:
+    """Set the inverse frequencies of Megatron's rotary embeddings. Call it before their first use, which caches
+    them."""
     for rotary in rotary_embeddings(module):
         rotary.inv_freq = settings.inverse_frequencies.to(rotary.inv_freq.device)
 
 
 def rotary_embeddings(module: Any) -> Iterator[Any]:
-    """Every module of a model that holds inverse frequencies."""
+    """Iterate over the modules of a model that hold inverse frequencies."""
     return (each for each in module.modules() if isinstance(getattr(each, "inv_freq", None), Tensor))
 
 
 def megatron_window(window: int) -> tuple[int, int]:
-    """Megatron counts the tokens before the current one; transformers counts that one too."""
+    """An attention window in Megatron's form: Megatron does not count the current token, transformers does."""
     return (window - 1, 0)
 
 

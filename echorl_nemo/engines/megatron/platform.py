@@ -1,4 +1,4 @@
-"""What differs between a GPU and a machine without one; everything else in the engine is the same code."""
+"""The hardware of a run: GPU or CPU, with the settings that differ between them."""
 
 import importlib.util
 import os
@@ -13,24 +13,24 @@ from echorl_nemo.errors import UserError
 
 @dataclass(frozen=True)
 class Platform:
-    """The hardware that ranks run on."""
+    """The hardware that the ranks run on, and the settings that follow from it."""
 
     backend: str
     """torch.distributed backend."""
     dtype: torch.dtype
-    """Of the policy's weights and activations."""
+    """Type of the policy's weights and activations."""
     start_method: str
-    """How this program starts its own ranks."""
+    """Start method of multiprocessing for the ranks that this program starts."""
     transformer_engine: bool
-    """Whether layers come from Transformer Engine; Megatron's local ones otherwise."""
+    """Whether the layers are Transformer Engine's; otherwise they are Megatron's local ones."""
     provider_overrides: dict[str, Any] = field(default_factory=dict)
-    """Settings of Megatron-Bridge's model provider."""
+    """Settings of Megatron-Bridge's model provider on this hardware."""
 
     def device(self) -> torch.device:
-        """This rank's device, made current."""
+        """Make this rank's device the current one, and return it."""
         if self.backend == "gloo":
             return torch.device("cpu")
-        # where each task sees its own GPU alone, that one is number 0
+        # if each task sees only its own GPU, that one is number 0
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
 
@@ -44,7 +44,7 @@ class Platform:
 
 
 def detect_platform(device: str = "auto") -> Platform:
-    """The platform that ``device`` names (`auto`, `cpu`, `cuda`), with the stand-ins that it needs in place.
+    """The platform for ``device``, the value of `parallel.device`. Installs the stand-ins that the platform needs.
 
     Raises UserError for `cuda` without a GPU.
     """

@@ -1,4 +1,4 @@
-"""The policy: a scorer that learns from the rollouts.
+"""The policy: a model with its optimizer, which scores rollouts and learns from them.
 
 Shapes: N rollouts, S positions, v vocabulary columns of this tensor-parallel rank.
 """
@@ -33,7 +33,7 @@ METRICS = (
     "kl_reference",
     "mismatch_dropped",
 )
-"""What a micro-batch reports; each adds up over micro-batches and replicas."""
+"""Metrics of a micro-batch. Each adds up over micro-batches and replicas."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class StepCounts:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What the optimizer steps of a training step gave."""
+class UpdateResult:
+    """The result of the optimizer steps of one training step."""
 
     metrics: dict[str, float]
-    """Means over the mini-batches whose numbers were finite, and `optimizer_steps`, how many steps were taken."""
+    """Means over the mini-batches whose numbers were finite, and `optimizer_steps`, the number of steps taken."""
     refused: list[str]
-    """Why an optimizer step was not taken, for each that was not."""
+    """The reason for each optimizer step that was not taken."""
 
 
 class NotFiniteError(Exception):
-    """An optimizer step that would have broken the weights, and was not taken; alike on every rank."""
+    """Loss or gradient norm are not finite, so that an optimizer step was not taken. Raised on every rank alike."""
 
 
 class MegatronPolicy(MegatronScorer):
@@ -73,7 +73,8 @@ class MegatronPolicy(MegatronScorer):
         optimizer_steps: int,
         vocab_size: int | None = None,
     ) -> None:
-        """``optimizer_steps``: of the whole run, for the learning-rate schedule. ``vocab_size``: as in the scorer."""
+        """``optimizer_steps``: their number in the whole run, for the learning-rate schedule. ``vocab_size``: as in
+        `MegatronScorer`."""
         super().__init__(
             model,
             temperature=temperature,
@@ -82,7 +83,7 @@ class MegatronPolicy(MegatronScorer):
             pack_tokens=trainer.pack_tokens,
         )
         self.algo, self.echorl, self.trainer = algo, echorl, trainer
-        self._reference: list[Tensor] | None = None  # in host memory, swapped in where it scores
+        self._reference: list[Tensor] | None = None  # weights in host memory; `score_reference` swaps them in
         if algo.kl_coef:
             self._reference = [weight.data.cpu().clone() for weight in model.module.parameters()]
         self.optimizer = get_megatron_optimizer(_optimizer_config(trainer, model.config), [model.ddp])
@@ -106,21 +107,21 @@ class MegatronPolicy(MegatronScorer):
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize_without_rescaling
 
-    def fill_optimizer_state(self) -> None:
-        """Give Adam its zeros where no optimizer step was taken yet: Megatron saves none that has no state."""
+    def initialize_optimizer_state(self) -> None:
+        """Create Adam's state before the first optimizer step, since Megatron cannot save an optimizer without one."""
         for optimizer in self.optimizer.chained_optimizers:
             if not optimizer.is_stub_optimizer:
                 optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
 
     def restore_optimizer(self, optimizer: Any, scheduler: Any) -> None:
-        """Take over the state of a checkpoint, with this run's settings: Megatron keeps those that the checkpoint was
-        trained with in its parameter groups."""
+        """Load the state of a checkpoint, and set this run's settings again: Megatron's parameter groups bring those
+        that the checkpoint was trained with."""
         self.optimizer.load_state_dict(optimizer)
         for group in self.optimizer.param_groups:
             group["max_lr"] = group["min_lr"] = self.trainer.lr
             group["betas"] = (self.trainer.adam_beta1, self.trainer.adam_beta2)
             group["eps"] = self.trainer.adam_eps
-        self.scheduler.num_steps = 0  # to which the checkpoint's are added
+        self.scheduler.num_steps = 0  # load_state_dict adds the checkpoint's steps
         self.scheduler.load_state_dict(scheduler)
 
     def score_reference(self, batch: RolloutBatch) -> Tensor:
@@ -146,10 +147,12 @@ class MegatronPolicy(MegatronScorer):
         for name, weight in self.model.bridge.export_hf_weights([self.model.module], cpu=False, show_progress=False):
             yield name, weight.detach().contiguous()
 
-    def update(self, batch: RolloutBatch) -> Update:
-        """One optimizer step on each mini-batch of whole groups. None is taken where loss or gradient norm are not
-        finite, nor where the gradient is 0: there is nothing to learn, and Adam's momentum and the weight decay would
-        move the weights all the same."""
+    def update(self, batch: RolloutBatch) -> UpdateResult:
+        """Take one optimizer step on each mini-batch of whole groups.
+
+        A step is not taken if loss or gradient norm are not finite, nor if the gradient is 0: then there is nothing to
+        learn, and Adam's momentum and the weight decay would still change the weights.
+        """
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
         taken: list[dict[str, float]] = []
@@ -162,7 +165,7 @@ class MegatronPolicy(MegatronScorer):
                     refused.append(f"optimizer step {n + 1} of {count}: {why}")
         metrics = {name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}
         metrics["optimizer_steps"] = float(sum(step["optimizer_steps"] for step in taken))
-        return Update(metrics, refused)
+        return UpdateResult(metrics, refused)
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
         member = torch.isin(batch.group_ids, torch.tensor(groups))
@@ -170,12 +173,12 @@ class MegatronPolicy(MegatronScorer):
         counts = self._counts(batch)
         own = torch.tensor(groups[self.parallel.data_rank :: self.parallel.data_size], dtype=torch.long)
         rows = torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist()
-        filling, idle_row = self._filling(len(rows)), len(batch)
+        filling, idle_row = self._padding_rows(len(rows)), len(batch)
         rows += range(len(batch), len(batch) + filling)
-        if filling or self.parallel.in_step:
+        if filling or self.parallel.lockstep:
             batch = concatenate([batch, _without_loss(batch.select([0] * max(1, filling)))])
         micro_rows = self._micro_batches(batch, rows)
-        micro_rows += self._idle(len(micro_rows), row=idle_row)
+        micro_rows += self._idle_micro_batches(len(micro_rows), row=idle_row)
 
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
@@ -192,11 +195,10 @@ class MegatronPolicy(MegatronScorer):
         return {**metrics, "grad_norm": grad_norm, "lr": learning_rate, "optimizer_steps": float(grad_norm > 0)}
 
     def _grad_norm(self) -> float:
-        """Of the whole gradient, before Megatron's step, which would write what it gets into the weights. Raises
-        NotFiniteError.
+        """The norm of the whole gradient before clipping. Raises NotFiniteError.
 
-        That step counts the norm again: one more pass over the rank's part of the gradients, so that clipping and the
-        step itself stay Megatron's.
+        It is computed before Megatron's optimizer step, which would write a NaN into the weights. That step computes
+        the norm again: one more pass over this rank's gradients, so that clipping stays Megatron's.
         """
         found = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -251,14 +253,14 @@ class MegatronPolicy(MegatronScorer):
         return loss_of_logits
 
     def _sum_reports(self, reports: list[Tensor]) -> dict[str, float]:
-        total = torch.stack(reports).sum(dim=0) if reports and self.parallel.last_stage else None
+        total = torch.stack(reports).sum(dim=0) if reports and self.parallel.is_last_stage else None
         total = self.parallel.broadcast_from_last_stage(total, (len(METRICS),), torch.float64)
         dist.all_reduce(total, group=self.parallel.data_group)
         return dict(zip(METRICS, total.tolist(), strict=True))
 
 
 def _without_loss(batch: RolloutBatch) -> RolloutBatch:
-    """Rollouts that go through the forward and backward and change no gradient."""
+    """``batch`` with empty response and clip masks, so that its forward and backward change no gradient."""
     batch.response_mask = torch.zeros_like(batch.response_mask)
     if batch.clip_mask is not None:
         batch.clip_mask = torch.zeros_like(batch.clip_mask)
@@ -266,7 +268,7 @@ def _without_loss(batch: RolloutBatch) -> RolloutBatch:
 
 
 def _finalize_without_rescaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, without its division by a token count: our losses are divided already."""
+    """Megatron's reduction of gradients without its division by a token count: our losses are already divided."""
     finalize_model_grads(model, None, **kwargs)
 
 

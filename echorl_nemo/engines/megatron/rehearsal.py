@@ -1,7 +1,7 @@
-"""Whether Megatron-Bridge can build a model and take its weights, found before a rank starts.
+"""Checks whether Megatron-Bridge can build a model and import its weights, before a rank starts.
 
-The model is built on the meta device, where tensors have shapes and no memory, in a process of its own: a library that
-fails there, in whatever way, costs one line and no rank.
+The model is built on the meta device, where tensors have shapes and no memory, in a separate process: whatever a
+library does there ends in one error line.
 """
 
 import multiprocessing
@@ -16,18 +16,18 @@ import safetensors
 from transformers import PretrainedConfig
 
 from echorl_nemo.engines.megatron.model_files import weight_problems
-from echorl_nemo.engines.megatron.model_settings import attention_settings, set_on_provider, settings_problems
+from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings, settings_problems
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.schema import ModelConfig, ParallelConfig
 
 SECONDS = 300.0
-"""Enough for the largest model; more, and the check is left to the ranks."""
+"""Time limit of the check, seconds. After it the model counts as sound, and the ranks find what is wrong."""
 NOT_MAPPED = ("inv_freq", "_extra_state")
-"""Ends of names of what is no weight."""
+"""Suffixes of names in weight files that are not weights."""
 
 
 def rehearse(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
-    """Every reason why the model cannot be trained by this engine on this platform."""
+    """Problems because of which this engine cannot train the model on this platform."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=_in_a_process, args=(sender, model, hf_config, platform))
@@ -47,22 +47,22 @@ def rehearse(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform
 def _in_a_process(sender: Connection, model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> None:
     os.setpgid(0, 0)
     with redirect_stdout(sys.stderr), Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # the libraries' own words: what they raise is in the answer
+        os.dup2(nowhere.fileno(), 2)  # the libraries print much; what they raise is in the answer
         try:
             problems = settings_problems(hf_config, model.path) or weight_problems(model, hf_config)
-        except Exception as error:  # noqa: BLE001  of whatever transformers makes of a config.json
+        except Exception as error:  # noqa: BLE001  transformers raises anything for a bad config.json
             problems = [_message(model, f"transformers cannot build it: {_words(error)}", "correct its config.json")]
         if not problems:
             try:
                 problems = _build_problems(model, hf_config, platform)
-            except Exception as error:  # noqa: BLE001  of whatever Megatron-Bridge and Megatron make of a model
+            except Exception as error:  # noqa: BLE001  Megatron-Bridge and Megatron raise anything for an unusual model
                 what = f"a {hf_config.model_type} cannot be built by Megatron-Bridge here: {_words(error)}"
                 problems = [_message(model, what, "use an architecture that is listed in README")]
         sender.send(problems)
 
 
 def _build_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
-    """Weights of the model without a place in Megatron's, and the reverse."""
+    """Problems of weights that Megatron's model has no place for, and of places that have no weight."""
     from megatron.bridge import AutoBridge  # imports only with the stand-ins that ``platform`` put in place
 
     from echorl_nemo.engines.megatron.meta_model import meta_model
@@ -79,7 +79,7 @@ def _build_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: P
     def adjust(provider: Any) -> None:
         settings = attention_settings(hf_config)
         if settings is not None:
-            set_on_provider(provider, settings)
+            apply_to_provider(provider, settings)
 
     built = meta_model(bridge, ParallelConfig(), stage=0, platform=platform, adjust=adjust)
     own = [name for name, _ in built.named_parameters()]
@@ -101,6 +101,6 @@ def _message(model: ModelConfig, what: str, remedy: str) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The first line that says something."""
+    """The type of an error and the first line of its message that is not decoration."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" =-*\u2717")]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(" :")

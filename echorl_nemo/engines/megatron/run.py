@@ -1,4 +1,4 @@
-"""A training run: checks first, then ranks."""
+"""The commands of the native engine: check the run, then start its ranks."""
 
 import logging
 import os
@@ -28,13 +28,13 @@ from echorl_nemo.schema import EvaluateConfig, RunConfig
 
 
 def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
-    """Check what can be checked, start the ranks, train. Returns an exit code: 75 of a run that was asked to stop, has
-    saved, and wants to be started again.
+    """Check the run, start its ranks, and train. Returns the exit code: 75 for a run that was asked to stop, has saved,
+    and has to be started again.
 
-    ``config_yaml`` is what the run folder keeps; ``signals`` listen already. Raises UserError with every problem found,
-    before a rank starts.
+    ``config_yaml``: the text that the run folder keeps. ``signals`` must be listening already. Raises UserError with
+    every problem that the checks find, before a rank starts.
     """
-    quiet_libraries()
+    silence_library_warnings()
     world = world_size(config)
     platform = detect_platform(config.parallel.device)
     inputs = check(config, platform)
@@ -50,21 +50,22 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Check what can be checked, start the ranks, evaluate. Returns an exit code; raises UserError like `train`."""
+    """Check the evaluation, start its ranks, and evaluate. Returns the exit code; raises UserError like `train`."""
     return _examine(config, _evaluate_rank, {"evaluation.out": Path(config.evaluation.out)})
 
 
 def analyze(config: EvaluateConfig) -> int:
-    """Like `evaluate`, for step-entropy profiles."""
+    """Check the analysis, start its ranks, and write step-entropy profiles. Returns the exit code; raises UserError
+    like `train`."""
     out = Path(config.analysis.out)
     files = {f"analysis.out with {suffix}": out.with_suffix(suffix) for suffix in (".json", ".png")}
     return _examine(config, _analyze_rank, files)
 
 
 def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
-    """Write the policy of a checkpoint as a Hugging Face folder. Returns an exit code; raises UserError for what is
-    wrong before a rank starts."""
-    quiet_libraries()
+    """Write the policy of a checkpoint as a Hugging Face folder. Returns the exit code; raises UserError like
+    `train`."""
+    silence_library_warnings()
     config.parallel.data = None  # one replica is enough
     world = world_size(config)
     if problems := [
@@ -85,7 +86,7 @@ def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
 
 
 def _examine(config: EvaluateConfig, rank: Callable[..., int], out: Mapping[str, Path]) -> int:
-    quiet_libraries()
+    silence_library_warnings()
     world = world_size(config)
     platform = detect_platform(config.parallel.device)
     tokenizer, data = check_evaluation(config, platform, out)
@@ -143,15 +144,15 @@ def _analyze_rank(
 
 
 def _prepare_rank(device: str) -> None:
-    """A spawned rank has none of the stand-ins and settings of the process that started it."""
-    quiet_libraries()
+    """Repeat the settings and stand-ins of the process that started this rank: a spawned rank does not inherit them."""
+    silence_library_warnings()
     detect_platform(device)
 
 
-def quiet_libraries() -> None:
-    """Silence what the libraries say of each other's deprecations and of packages that are not needed."""
+def silence_library_warnings() -> None:
+    """Turn off the libraries' warnings about each other's deprecations and about packages that are not needed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive a fork
-    # a warning that passes through cpu.py's function mode is torch's too
+    # warnings of torch also appear under cpu.py's name, whose function mode calls torch
     warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|echorl_nemo\.engines\.megatron\.cpu")
     transformers_logging.set_verbosity_error()
     logging.getLogger("megatron.bridge.utils.fusions").setLevel(logging.ERROR)

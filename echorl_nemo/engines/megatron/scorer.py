@@ -1,4 +1,4 @@
-"""The scoring pass: log-probs and exact entropies of rollouts under a model.
+"""The scoring pass: log-probs and exact entropies of rollouts under a Megatron-Core model.
 
 Shapes: N rollouts, S positions, B rollouts of a micro-batch, v vocabulary columns of this tensor-parallel rank.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
-from echorl_nemo.rollout.packing import PackedRow, bins, pack_row
+from echorl_nemo.rollout.packing import PackedRow, pack_bins, pack_row
 
 
 class MegatronScorer:
-    """A Megatron-Core model that scores rollouts. Every rank calls every method with the same whole batch."""
+    """A Megatron-Core model that scores rollouts. Every rank must call its methods with the same whole batch."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class MegatronScorer:
         pack_tokens: int = 0,
     ) -> None:
         """``pack_tokens``: as `trainer.pack_tokens`; 0 pads micro-batches of ``micro_batch_size`` rollouts.
-        ``vocab_size``: entries of the tokenizer; what the model has beyond them counts in no distribution."""
+        ``vocab_size``: size of the tokenizer's vocabulary; further ids of the model have probability 0."""
         self.model, self.parallel = model, model.parallel
         self.temperature, self.micro_batch_size, self.pack_tokens = temperature, micro_batch_size, pack_tokens
         self.vocab_size = vocab_size
@@ -40,43 +40,43 @@ class MegatronScorer:
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens and exact entropies, each [N, S] float32 nats, from the same logits."""
-        own = list(self.parallel.my_share(len(batch)))
+        own = list(self.parallel.shard(len(batch)))
         self.model.ddp.eval()
         with torch.no_grad():
-            micro_rows = self._micro_batches(batch, own + [0] * self._filling(len(own)))
-            micro_rows += self._idle(len(micro_rows), row=0)
+            micro_rows = self._micro_batches(batch, own + [0] * self._padding_rows(len(own)))
+            micro_rows += self._idle_micro_batches(len(micro_rows), row=0)
             scored = self._run(batch, micro_rows, self._score_logits, forward_only=True)
         order = [row for rows in micro_rows for row in rows]
         width = batch.tokens.shape[1]
         flat = torch.cat([_widened(torch.stack(pair), width) for pair in scored], dim=1) if scored else None
         table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), width), torch.float32)
-        table = table[:, : len(own)].cpu()  # what fills comes last
+        table = table[:, : len(own)].cpu()  # without the padding rows, which come last
         result = torch.zeros(2, len(batch), width)
-        for rows, values in self.parallel.share_over_replicas((order[: len(own)], table)):
+        for rows, values in self.parallel.all_gather_over_replicas((order[: len(own)], table)):
             result[:, rows] = values
         result *= batch.response_mask
         return result[0], result[1]
 
-    def _filling(self, rows: int) -> int:
-        """Rows that fill a replica's last micro-batch: pipeline stages exchange micro-batches of one shape, and a
-        replica without any rollout still takes part in every collective."""
+    def _padding_rows(self, rows: int) -> int:
+        """Number of rows to add to ``rows`` so that they fill whole micro-batches: pipeline stages exchange
+        micro-batches of one shape, and a replica without rollouts still takes part in every collective."""
         size = 1 if self.pack_tokens else self.micro_batch_size
         return -rows % size if rows else size
 
-    def _idle(self, micro_batches: int, *, row: int) -> list[list[int]]:
-        """Further micro-batches of ``row``, where another replica has more than ``micro_batches`` and waits for this
-        one's experts."""
-        missing = self.parallel.most_of_replicas(micro_batches) - micro_batches
+    def _idle_micro_batches(self, micro_batches: int, *, row: int) -> list[list[int]]:
+        """Further micro-batches of ``row`` for a replica that has fewer ``micro_batches`` than another one, which needs
+        this one's experts in each of its own."""
+        missing = self.parallel.max_over_replicas(micro_batches) - micro_batches
         return [[row] * (1 if self.pack_tokens else self.micro_batch_size)] * missing
 
     def _padded(self, width: int) -> int:
-        """Columns of a micro-batch whose longest rollout has ``width``: sequence parallelism splits them evenly."""
+        """``width`` rounded up so that sequence parallelism splits the columns evenly."""
         return width + -width % self._column_multiple
 
     def _micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
-        """The ``rows`` of ``batch`` that each forward-backward takes."""
+        """``rows`` of ``batch`` split into those of each forward-backward."""
         if self.pack_tokens:
-            return [[rows[i] for i in part] for part in bins(batch.lengths[rows].tolist(), self.pack_tokens)]
+            return [[rows[i] for i in part] for part in pack_bins(batch.lengths[rows].tolist(), self.pack_tokens)]
         size = self.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -88,7 +88,8 @@ class MegatronScorer:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's pipeline schedule over the micro-batches; what ``use_logits`` gave for each, on the last stage."""
+        """Run Megatron's pipeline schedule over the micro-batches. Returns the results of ``use_logits`` for each on
+        the last pipeline stage, an empty list on others."""
         # pipeline stages exchange micro-batches of one shape; elsewhere each is as wide as its own longest rollout
         width = self._padded(batch.tokens.shape[1])
         own_width = self.model.config.pipeline_model_parallel_size == 1
@@ -116,7 +117,7 @@ class MegatronScorer:
         )
 
     def _forward(self, module: Any, micro: RolloutBatch, row: PackedRow | None) -> Tensor:
-        """The stage's output: logits [B, S, v], or [1, W, v] of a packed row, on the last one."""
+        """The output of this pipeline stage; on the last one logits [B, S, v], or [1, W, v] for a packed row."""
         if row is None:
             positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
             return module(micro.tokens, positions, None, **self.model.call_options)
@@ -135,8 +136,8 @@ class MegatronScorer:
     def _token_statistics(
         self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None, *, train: bool, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, each [B, S] and aligned to the token they speak of."""
-        produced = micro.tokens.roll(-1, dims=1)  # by position t's logits: token t + 1; the last one's is not used
+        """Log-probs and entropies, each [B, S], aligned to the token that the distribution produced."""
+        produced = micro.tokens.roll(-1, dims=1)  # position t's logits produce token t + 1; the last ones are not used
         logprobs, entropies = logprob_and_entropy(
             logits,
             produced if row is None else row.pack(produced),
@@ -157,12 +158,12 @@ class MegatronScorer:
 
 
 def _widened(values: Tensor, width: int) -> Tensor:
-    """``values`` [2, B, columns] with zeros up to ``width`` columns, or without what pads it beyond."""
+    """``values`` [2, B, columns] cut or padded with zeros to ``width`` columns."""
     return torch.nn.functional.pad(values, (0, max(0, width - values.shape[2])))[:, :, :width]
 
 
 def _on_device(batch: RolloutBatch, rows: list[int], width: int, device: torch.device) -> RolloutBatch:
-    """The rollouts ``rows`` on the device, ``width`` columns each."""
+    """The rollouts ``rows`` of ``batch`` on ``device``, with ``width`` columns each."""
     micro = batch.select(rows)
     for name, value in vars(micro).items():
         if isinstance(value, Tensor):

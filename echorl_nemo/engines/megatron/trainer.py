@@ -1,4 +1,4 @@
-"""The training loop of the native engine: a step reads as the method."""
+"""The training step of the native engine: generate, verify, score, select EchoClips, update."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from echorl_nemo.grpo import (
     kl_estimate,
     overlong_penalty,
 )
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
 from echorl_nemo.rollout.engine import RolloutEngine
@@ -33,46 +33,47 @@ EVALUATION_SEED_OFFSET = 1 << 32
 
 
 @dataclass
-class Step:
-    """What a training step gives."""
+class StepResult:
+    """The result of a training step."""
 
     metrics: dict[str, float]
     batch: RolloutBatch
-    """As it was trained on."""
+    """The rollouts that the policy was trained on."""
     step_ids: Tensor
-    """[N, S]"""
+    """[N, S] int64: the step of each response token, from `segment_steps`."""
     skipped: str
-    """What was not finite, so that the policy, or a part of its mini-batches, did not learn; empty if all was well."""
+    """What was not finite, so that all or some of the mini-batches were not learnt from; empty if all were."""
 
 
 @dataclass
 class Trainer:
-    """Ties policy, rollout engine and reward together. Every rank calls every method with the same arguments."""
+    """Runs training steps with a policy, a rollout engine and verifiers. Every rank must call each method with the same
+    arguments."""
 
     config: RunConfig
     policy: MegatronPolicy
     rollout: RolloutEngine
     verifiers: VerifierPool
-    """The one that decides success first, then those that add to the reward."""
+    """The verifier that decides success first, then those that add to the reward."""
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
-    watch: Watch
+    watchdog: Watchdog
     failures: list[dict[str, str]] = field(default_factory=list)
-    """Verifiers that gave no answer in the latest step: prompt, answer, verifier and failure of each."""
+    """Verdicts that were not reached in the latest step, each with prompt, answer, verifier and failure."""
     position: int = 0
-    """Prompts asked so far; what a resumed run goes on from."""
+    """Number of prompts used so far, from which a resumed run goes on."""
     generated: int = 0
-    """Response tokens that the latest step generated, of rollouts that it did not keep too."""
+    """Response tokens that the latest step generated, also in rollouts that it did not keep."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each phase of the latest step."""
+    """Wall time of each phase of the latest step, seconds."""
 
     @property
     def parallel(self) -> Parallel:
         return self.policy.parallel
 
-    def step(self) -> Step:
-        """One training step."""
+    def step(self) -> StepResult:
+        """Run one training step."""
         start = time.perf_counter()
         self.seconds = dict.fromkeys(("generate", "verify", "score", "update"), 0.0)
         self.failures = []
@@ -82,7 +83,7 @@ class Trainer:
         with self._timed("score"):
             metrics |= self.score(batch)
         self.estimate_advantages(batch)
-        skipped = not_finite(batch)
+        skipped = nonfinite_values(batch)
         if not skipped:
             metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):
@@ -100,16 +101,19 @@ class Trainer:
         }
         if isinstance(self.rollout, RestartingEngine):
             metrics["rollout.restarts"] = float(self.rollout.restarts)
-        return Step(metrics, batch, step_ids, skipped)
+        return StepResult(metrics, batch, step_ids, skipped)
 
     def close(self) -> None:
-        """End what verifies and what generates."""
+        """End the verifiers' processes and the rollout engine."""
         self.verifiers.close()
         self.rollout.close()
 
     def roll_out(self) -> tuple[RolloutBatch, dict[str, float]]:
-        """The step's rollouts, verified, and what they tell. With dynamic sampling prompts are asked until
-        `prompts_per_step` groups are effective; all-success groups come along for their EchoClips."""
+        """Generate and verify the rollouts of a step; return them with their metrics.
+
+        With dynamic sampling further prompts are used until `prompts_per_step` groups have different rewards.
+        All-success groups are kept for their EchoClips.
+        """
         algo, wanted = self.config.algo, self.config.trainer.prompts_per_step
         rounds = algo.dynamic_sampling_rounds if algo.dynamic_sampling else 1
         asked: list[RolloutBatch] = []
@@ -129,13 +133,13 @@ class Trainer:
         kept = _first_groups(batch.group_ids, effective, wanted)
         if self.config.echorl.enabled:
             kept |= all_success_groups(batch.rewards, batch.group_ids, self.config.echorl.success_reward)
-        if not kept.any():  # nothing to learn from: a step that changes nothing rather than a dead run
+        if not kept.any():  # keep one group, so that the run goes on with a step that changes nothing
             kept |= batch.group_ids == batch.group_ids[0]
         metrics |= {"sampling.rounds": float(len(asked)), "sampling.effective_groups": float(min(count, wanted))}
         return batch.select(kept.nonzero()[:, 0]), metrics
 
     def _ask(self, count: int) -> RolloutBatch:
-        """Rollouts of the next ``count`` prompts, with their rewards."""
+        """Generate and verify rollouts of the next ``count`` prompts."""
         seed = self.config.trainer.seed
         prompts = self.train_data.sequence(self.position, count, seed=seed)
         self.position += count
@@ -147,10 +151,10 @@ class Trainer:
         return batch
 
     def score(self, batch: RolloutBatch) -> dict[str, float]:
-        """Fill in old log-probs and entropies (one pass, both from the same logits), and those of the reference policy
-        where there is a KL; returns how far the rollout engine's own numbers lie from the policy's.
+        """Fill in old log-probs and entropies, both from the same logits, and with a KL the reference policy's
+        log-probs. Returns the differences between the rollout engine's numbers and the policy's.
 
-        With `algo.importance=rollout` the engine's numbers are taken as they are, and the policy scores a sample alone.
+        With `algo.importance=rollout` the engine's numbers are used, and the policy scores only a sample to compare.
         """
         if self.config.algo.importance == "rollout":
             if batch.rollout_logprobs is None:
@@ -162,7 +166,7 @@ class Trainer:
             gaps = self._compare_sample(batch)
         else:
             batch.old_logprobs, entropies = self.policy.score(batch)
-            gaps = agreement(batch, batch.old_logprobs, entropies)
+            gaps = engine_gaps(batch, batch.old_logprobs, entropies)
             if self.config.echorl.entropy_source == "policy":
                 batch.entropies = entropies
         if self.config.algo.kl_coef:
@@ -170,17 +174,18 @@ class Trainer:
         return gaps
 
     def _compare_sample(self, batch: RolloutBatch) -> dict[str, float]:
-        """How far the engine's numbers lie from the policy's, over a share of the rollouts."""
+        """The differences between the engine's numbers and the policy's on a sample, `rollout.check_share` of the
+        rollouts."""
         share = self.config.rollout.check_share
         if not share:
             return {}
         count = max(1, round(share * len(batch)))
         sample = batch.select(torch.linspace(0, len(batch) - 1, count).round().long())
-        return agreement(sample, *self.policy.score(sample))
+        return engine_gaps(sample, *self.policy.score(sample))
 
     def estimate_advantages(self, batch: RolloutBatch) -> None:
-        """Fill in advantages, from rewards shaped by further verifiers, length and KL where that is asked for, and who
-        counts."""
+        """Fill in the advantages, and which rollouts count in the loss. Rewards are shaped first: by further verifiers,
+        response length and KL, as configured."""
         algo = self.config.algo
         assert batch.rewards is not None
         shaped = batch.rewards - overlong_penalty(batch.response_lengths, self.config.rollout.max_new_tokens, algo)
@@ -194,7 +199,7 @@ class Trainer:
         batch.counted = counted_rollouts(batch.advantages, batch.group_ids, batch.finished, algo)
 
     def select_clips(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
-        """Fill in the EchoClips of the verified successes; returns their statistics."""
+        """Fill in the EchoClips of the verified successes and return their statistics."""
         if not self.config.echorl.enabled:
             return {}
         assert batch.entropies is not None and batch.rewards is not None
@@ -210,10 +215,10 @@ class Trainer:
         return {f"echorl.{name}": value for name, value in selection.stats.items()}
 
     def evaluate(self) -> dict[str, float]:
-        """Sampled accuracy on the held-out prompts; empty if there are none."""
+        """Accuracy and response lengths on the held-out prompts, as metrics; empty if there are no such prompts."""
         if self.eval_data is None:
             return {}
-        self.watch.beat("evaluate")
+        self.watchdog.heartbeat("evaluate")
         self.rollout.wake()
         batch = self.rollout.generate(
             self.eval_data.all(),
@@ -233,14 +238,14 @@ class Trainer:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        self.watch.beat(phase)
+        self.watchdog.heartbeat(phase)
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def not_finite(batch: RolloutBatch) -> str:
-    """Which numbers of the rollouts are not finite, with the first such rollout; empty if all are."""
+def nonfinite_values(batch: RolloutBatch) -> str:
+    """A sentence about the first kind of numbers in ``batch`` that are not all finite; empty if all are."""
     for name in ("rewards", "old_logprobs", "entropies", "reference_logprobs", "advantages"):
         values = getattr(batch, name)
         if values is None:
@@ -252,14 +257,15 @@ def not_finite(batch: RolloutBatch) -> str:
 
 
 def _first_groups(group_ids: Tensor, wanted: Tensor, count: int) -> Tensor:
-    """[N] bool: the rollouts of the first ``count`` groups, in the batch's order, of those in ``wanted`` [N] bool."""
+    """[N] bool: the rollouts of the first ``count`` groups, in the batch's order, among those in ``wanted`` [N]
+    bool."""
     groups = list(dict.fromkeys(group_ids[wanted].tolist()))[:count]
     return torch.isin(group_ids, torch.tensor(groups, dtype=group_ids.dtype))
 
 
 def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float]:
-    """What the rollouts themselves tell. `all_one` and `all_zero`: the share of groups in which every rollout, or
-    none, is rewarded as a success; the policy gradient learns from the others alone."""
+    """Metrics of the rollouts of a step. `all_one` and `all_zero` are the shares of groups in which every rollout, or
+    none, is a success; the policy gradient learns only from the other groups."""
     assert batch.rewards is not None
     _, index, sizes = batch.group_ids.unique(return_inverse=True, return_counts=True)
     success = batch.rewards >= success_reward
@@ -274,9 +280,9 @@ def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float
     }
 
 
-def agreement(batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
-    """How far the rollout engine's numbers lie from the policy's scoring pass, over response tokens: mean absolute
-    difference of log-probs, largest absolute difference of entropies (nats)."""
+def engine_gaps(batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
+    """Differences between the rollout engine's numbers and the policy's scoring pass, over response tokens: the mean
+    absolute difference of log-probs and the largest absolute difference of entropies, nats."""
     gaps = {}
     mask = batch.response_mask
     if batch.rollout_logprobs is not None:

@@ -1,4 +1,4 @@
-"""What each rank of a run does."""
+"""The training loop that each rank of a run executes: steps, evaluations, checkpoints, and when it ends."""
 
 import logging
 import shlex
@@ -18,23 +18,23 @@ from echorl_nemo.engines.megatron.model_check import check_model
 from echorl_nemo.engines.megatron.parallel import Parallel, initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
-from echorl_nemo.engines.megatron.trainer import Step, Trainer
+from echorl_nemo.engines.megatron.trainer import StepResult, Trainer
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.report.recorder import Recorder
-from echorl_nemo.resilience.disk import full_disk_explained
+from echorl_nemo.resilience.disk import explain_full_disk
 from echorl_nemo.resilience.lock import RunLock
-from echorl_nemo.resilience.skipped import keep_batch
+from echorl_nemo.resilience.skipped import save_skipped_batch
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals, job_deadline
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool
 from echorl_nemo.rollout.engine import RolloutEngine
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
 
 REQUEUE_FILE = "requeue"
-"""Of the run folder: there while the run has saved and wants to be started again; says why."""
+"""File of the run folder that exists while the run has saved and has to be started again. It holds the reason."""
 
 
 def run_rank(
@@ -46,23 +46,23 @@ def run_rank(
     closers: ExitStack,
 ) -> int:
     """Train from the start, or from the newest checkpoint of the run folder, to the last step. Returns the exit code:
-    0, or that of a run which saved and wants to be started again.
+    0, or `EXIT_REQUEUE` for a run that has saved and has to be started again.
 
-    ``signals`` listen already; ``closers`` get the callbacks that close what is started.
+    ``signals`` must be listening already; ``closers`` receives a callback for everything that must be closed.
     """
     stop = StopRequest(config.resilience, job_deadline(config.resilience), signals)
-    parallel = form_groups(config, platform)
-    # ranks that resolved the configuration by themselves may differ in its time stamp
-    folder = Path(parallel.of_main(lambda: config.trainer.run_dir))
-    parallel.of_main(lambda: _lock(folder, closers))
-    with full_disk_explained(folder):
-        watch = Watch(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
-        closers.callback(watch.close)
-        watch.step(-1)
-        watch.beat("load")
-        trainer = build_trainer(config, inputs, platform, parallel, watch)
+    parallel = initialize_parallel(config, platform)
+    # under torchrun every rank resolves the configuration, and the time stamps may differ
+    folder = Path(parallel.run_on_main_rank(lambda: config.trainer.run_dir))
+    parallel.run_on_main_rank(lambda: _lock(folder, closers))
+    with explain_full_disk(folder):
+        watchdog = Watchdog(folder, dist.get_rank(), limit_seconds=60 * config.resilience.step_limit_minutes)
+        closers.callback(watchdog.close)
+        watchdog.start_step(-1)
+        watchdog.heartbeat("load")
+        trainer = build_trainer(config, inputs, platform, parallel, watchdog)
         closers.callback(trainer.close)
-        requeue = _Run(config, config_yaml, inputs, folder, trainer, stop, closers).train()
+        requeue = _TrainingLoop(config, config_yaml, inputs, folder, trainer, stop, closers).train()
     return EXIT_REQUEUE if requeue else 0
 
 
@@ -70,8 +70,8 @@ def _lock(folder: Path, closers: ExitStack) -> None:
     closers.callback(RunLock(folder).release)
 
 
-class _Run:
-    """The loop around the training step: what is recorded, saved, and when it ends."""
+class _TrainingLoop:
+    """The loop around the training step: records, evaluates, saves, and decides when the run ends."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class _Run:
     ) -> None:
         self.config, self.config_yaml, self.inputs, self.folder = config, config_yaml, inputs, folder
         self.trainer, self.policy, self.parallel = trainer, trainer.policy, trainer.parallel
-        self.watch, self.stop = trainer.watch, stop
+        self.watchdog, self.stop = trainer.watchdog, stop
         self.checkpoints = Checkpoints(folder, config.checkpoint, self.parallel)
         self.progress = self._restore()
         self.saved = self.progress.step
         self.recorder: Recorder | None = None
-        if self.parallel.main:
+        if self.parallel.is_main:
             (folder / REQUEUE_FILE).unlink(missing_ok=True)
             first_step = self.progress.step or -1  # the evaluation before the first step is step -1
             self.recorder = Recorder(
@@ -99,52 +99,52 @@ class _Run:
             closers.callback(self.recorder.stop)
 
     def train(self) -> bool:
-        """True if the run was asked to stop before its last step, and has saved."""
+        """Run the steps. Returns True if the run was asked to stop before its last step; it has saved then."""
         steps, reason = self.config.trainer.steps, self._reason_to_stop()
         if self.progress.step == 0 and not reason:
             self._evaluate_untrained()
         while self.progress.step < steps and not reason:
             self._step(last=self.progress.step == steps - 1)
             reason = self._reason_to_stop()
-        self.watch.rest()
+        self.watchdog.disarm()
         if self.progress.step > self.saved:
             self._save(None)
         self.checkpoints.finish()
-        self.trainer.rollout.close()  # an engine that shares the GPUs: an export takes memory
+        self.trainer.rollout.close()  # frees the memory of an engine that shares the GPUs, for the export
         stopped = self.progress.step < steps
         if not stopped and self.config.trainer.export:
-            self.watch.beat("export")
+            self.watchdog.heartbeat("export")
             self.policy.model.export(self.folder / "export")
-        self.watch.beat("stopped" if stopped else "done")
-        self.watch.close()
+        self.watchdog.heartbeat("stopped" if stopped else "done")
+        self.watchdog.close()
         if self.recorder is not None:
             self.recorder.finish(summary=not stopped)
             if stopped:
                 self._ask_to_be_requeued(reason)
-        self.parallel.barrier()  # a rank that ends with a code of its own has srun kill the others
+        self.parallel.barrier()  # srun kills the other ranks when one ends with another exit code
         return stopped
 
     def _step(self, *, last: bool) -> None:
         step, trainer, settings = self.progress.step, self.trainer, self.config.trainer
         start = time.perf_counter()
-        self.watch.step(step)
+        self.watchdog.start_step(step)
         done = trainer.step()
         if last or _due(step, settings.eval_every):
             done.metrics |= trainer.evaluate()
-        self._count(step, done)
+        self._record_progress(step, done)
         if self.recorder is not None:
-            self.watch.beat("record")
+            self.watchdog.heartbeat("record")
             self.recorder.step(
                 step, done.metrics, done.batch, done.step_ids, self.inputs.tokenizer.pieces, trainer.failures
             )
         self.checkpoints.poll()
-        self.stop.took("step", time.perf_counter() - start)
+        self.stop.record_duration("step", time.perf_counter() - start)
         if last or _due(step, settings.save_every):
             self._save(done.metrics.get("eval.accuracy"))
         self._give_up_after_many_skipped()
 
-    def _count(self, step: int, done: Step) -> None:
-        """Move the progress on by a step, and tell what was skipped."""
+    def _record_progress(self, step: int, done: StepResult) -> None:
+        """Update the progress after a step, and print a warning if the step was skipped."""
         progress = self.progress
         progress.step, progress.position = step + 1, self.trainer.position
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
@@ -156,10 +156,10 @@ class _Run:
                 failure["timeouts"] = str(timeouts[failure["prompt"]])
         done.metrics["skipped"] = float(bool(done.skipped))
         if done.skipped and self.recorder is not None:
-            kept = keep_batch(self.folder, step, done.batch, done.skipped)
-            self.recorder.say(
-                f"warning: step {step + 1} was not finite, {progress.skipped_in_a_row} in a row, and not learnt from: "
-                f"{done.skipped}; its batch is {kept}"
+            kept = save_skipped_batch(self.folder, step, done.batch, done.skipped)
+            self.recorder.print(
+                f"warning: step {step + 1} was not finite, {progress.skipped_in_a_row} in a row, and is skipped: "
+                f"{done.skipped}; its batch is in {kept}"
             )
 
     def _give_up_after_many_skipped(self) -> None:
@@ -171,34 +171,35 @@ class _Run:
         raise SharedError(
             f"{self.progress.skipped_in_a_row} steps in a row were not finite (resilience.max_skipped_steps="
             f"{self.config.resilience.max_skipped_steps}): no broken optimizer step was taken, and the policy is "
-            f"saved; look at their batches in {self.folder / 'skipped'}, mend the cause or lower trainer.lr, and go on "
-            "with trainer.resume=true"
+            f"saved; look at their batches in {self.folder / 'skipped'}, remove the cause or lower trainer.lr, and go "
+            "on with trainer.resume=true"
         )
 
     def _reason_to_stop(self) -> str:
-        """Why the run ends here, the same on every rank; empty if it goes on."""
-        reasons = self.parallel.share_objects([self.stop.reason()])
+        """The reason to end the run now, the same on every rank; empty if it goes on."""
+        reasons = self.parallel.all_gather_objects([self.stop.reason()])
         return next((reason for reason in reasons if reason), "")
 
     def _save(self, accuracy: float | None) -> None:
         start = time.perf_counter()
-        self.watch.beat("save")
-        self.trainer.rollout.sleep()  # an engine that shares the GPUs: a save takes memory
+        self.watchdog.heartbeat("save")
+        self.trainer.rollout.sleep()  # frees the memory of an engine that shares the GPUs, for the save
         self.checkpoints.save(self.policy, self.progress, self.config_yaml, accuracy=accuracy)
         self.saved = self.progress.step
-        self.stop.took("save", max(time.perf_counter() - start, self.checkpoints.longest_seconds))
+        self.stop.record_duration("save", max(time.perf_counter() - start, self.checkpoints.longest_seconds))
 
     def _restore(self) -> Progress:
-        """Where the run goes on. Raises UserError if the training data are others than when it was saved."""
+        """Load the newest checkpoint, if the run resumes, and return the progress. Raises UserError if the training
+        data have changed since it was saved."""
         data = self._shared_fingerprint()
         start = time.perf_counter()
         progress = self.checkpoints.restore(self.policy) if self.config.trainer.resume else None
         if progress is None:
-            self.parallel.of_main(self._refuse_to_start_over)
+            self.parallel.run_on_main_rank(self._refuse_to_start_over)
             return Progress(data=data)
-        self.stop.took("save", time.perf_counter() - start)  # until one is made
+        self.stop.record_duration("save", time.perf_counter() - start)  # an estimate until the first save
         if progress.skipped_in_a_row > self.config.resilience.max_skipped_steps:
-            progress.skipped_in_a_row = 0  # whoever goes on has seen the message
+            progress.skipped_in_a_row = 0  # the person who resumes has seen the message
         if progress.data != data and not self.config.checkpoint.accept_changed_data:
             raise SharedError(
                 f"data.train={self.config.data.train}: its prompts are not those that the run was trained on until "
@@ -207,12 +208,12 @@ class _Run:
             )
         progress.data = data
         self.trainer.position = progress.position
-        self.trainer.rollout.update_weights(self.policy)  # an engine of its own has started from model.path
+        self.trainer.rollout.update_weights(self.policy)  # an engine with its own weights has those of model.path
         return progress
 
     def _shared_fingerprint(self) -> str:
-        """Of the training data, which every rank has read by itself. Raises UserError that names a host with others."""
-        seen = self.parallel.share_objects([(self.trainer.train_data.fingerprint, socket.gethostname())])
+        """The fingerprint of the training data. Raises UserError if a rank, which reads the data itself, has others."""
+        seen = self.parallel.all_gather_objects([(self.trainer.train_data.fingerprint, socket.gethostname())])
         for fingerprint, host in seen:
             if fingerprint != seen[0][0]:
                 raise SharedError(
@@ -222,7 +223,7 @@ class _Run:
         return seen[0][0]
 
     def _refuse_to_start_over(self) -> None:
-        """Raises UserError if the folder's metrics go past the step at which a checkpoint must have been there."""
+        """Raises UserError if the run folder has no checkpoint and more metrics than a run without one can have."""
         settings = self.config.trainer
         if not settings.resume:
             return
@@ -230,34 +231,38 @@ class _Run:
         made = max((row["step"] + 1 for row in rows if isinstance(row.get("step"), int)), default=0)
         if settings.save_every and made > 2 * settings.save_every:
             raise UserError(
-                f"trainer.run_dir={self.folder}: {made} steps were made and no checkpoint is there; is its storage "
-                f"mounted? To start again, name another folder, or delete {METRICS_FILE}"
+                f"trainer.run_dir={self.folder}: {made} steps were made and there is no checkpoint; check that its "
+                f"storage is mounted; to start again, name another folder, or delete {METRICS_FILE}"
             )
         logging.getLogger(__name__).warning("%s holds no checkpoint: training from the start", self.folder)
 
     def _evaluate_untrained(self) -> None:
-        self.watch.step(-1)
+        self.watchdog.start_step(-1)
         if (evaluation := self.trainer.evaluate()) and self.recorder is not None:
             self.recorder.evaluation(-1, evaluation, self.trainer.failures)
 
     def _ask_to_be_requeued(self, reason: str) -> None:
         assert self.recorder is not None
         saved = "saved" if self.progress.step else "nothing to save"
-        told = f"stopped after step {self.progress.step}: {reason}; {saved}, exit code {EXIT_REQUEUE}"
-        self.recorder.say(told)
+        message = f"stopped after step {self.progress.step}: {reason}; {saved}, exit code {EXIT_REQUEUE}"
+        self.recorder.print(message)
         where = shlex.quote(str(self.folder))
-        self.recorder.say(f"to go on: echorl-nemo train --config-dir={where} --config-name=config trainer.resume=true")
-        (self.folder / REQUEUE_FILE).write_text(f"{told}\n", encoding="utf-8")
+        self.recorder.print(
+            f"to go on: echorl-nemo train --config-dir={where} --config-name=config trainer.resume=true"
+        )
+        (self.folder / REQUEUE_FILE).write_text(f"{message}\n", encoding="utf-8")
 
 
-def form_groups(config: RunConfig, platform: Platform) -> Parallel:
-    """The process groups of a run."""
+def initialize_parallel(config: RunConfig, platform: Platform) -> Parallel:
+    """Create the process groups of a run."""
     settings = config.trainer
     return initialize(platform, config.parallel, seed=settings.seed, timeout_minutes=settings.timeout_minutes)
 
 
-def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, parallel: Parallel, watch: Watch) -> Trainer:
-    """Load the model, check it, and make what generates, verifies and trains."""
+def build_trainer(
+    config: RunConfig, inputs: Inputs, platform: Platform, parallel: Parallel, watchdog: Watchdog
+) -> Trainer:
+    """Load the model, compare it with transformers', and create policy, rollout engine, verifiers and trainer."""
     settings = config.trainer
     model = build_model(config.model, config.parallel, parallel, platform, recompute=settings.recompute)
     policy = MegatronPolicy(
@@ -270,7 +275,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
         vocab_size=_vocabulary(config, inputs),
     )
     if config.model.verify == "auto":
-        watch.beat("check the model")
+        watchdog.heartbeat("check the model")
         check_model(policy, config.model, inputs.train_data.token_ids())
     return Trainer(
         config=config,
@@ -284,19 +289,19 @@ def build_trainer(config: RunConfig, inputs: Inputs, platform: Platform, paralle
         train_data=inputs.train_data,
         eval_data=inputs.eval_data,
         boundary_ids=inputs.boundary_ids,
-        watch=watch,
+        watchdog=watchdog,
     )
 
 
 def _vocabulary(config: RunConfig, inputs: Inputs) -> int | None:
-    """Entries that count in a distribution: the tokenizer's, where this engine samples. TensorRT-LLM samples from all
-    that the model has, and the policy's log-probs have to be those of what it sampled from."""
+    """Number of ids that have a probability: the tokenizer's if this engine generates. TensorRT-LLM samples from all
+    ids of the model (None), and the policy's log-probs must be those of the distribution that was sampled from."""
     return len(inputs.tokenizer) if config.rollout.engine == "megatron" else None
 
 
 def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platform) -> None:
-    """Load a checkpoint's weights, at whatever layout, and write them as a Hugging Face folder."""
-    model = build_model(config.model, config.parallel, form_groups(config, platform), platform, train=False)
+    """Load a checkpoint's weights, at any layout, and write them as a Hugging Face folder."""
+    model = build_model(config.model, config.parallel, initialize_parallel(config, platform), platform, train=False)
     load_weights(checkpoint, model)
     model.export(out)
 
@@ -317,7 +322,7 @@ def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -
         vocab_size=model.config.vocab_size,
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
-    return RestartingEngine(start, policy, tells=model.parallel.main)
+    return RestartingEngine(start, policy, is_main=model.parallel.is_main)
 
 
 def _due(step: int, every: int) -> bool:

@@ -24,26 +24,27 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from echorl_nemo.echo import clip_denominator, clip_loss
-from echorl_nemo.engines.nemo_aligner.config import algorithm
+from echorl_nemo.engines.nemo_aligner.config import method_config
 from echorl_nemo.grpo import LossInputs, StepTotals, policy_loss
 from echorl_nemo.ops import logprob_and_entropy
 
 METRICS = ("loss", "policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_old", "kl_reference")
-"""What a micro-batch reports; each adds up over micro-batches and replicas."""
+"""Metrics of a micro-batch. Each adds up over micro-batches and replicas."""
 
 Batch = dict[str, Tensor]
-"""Of an optimizer step: `response_tokens` [B, S]; `mask` (the response) and `clip_mask` [B, S - 1] bool, `old_logprobs`
-and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B]; `counted` [B] bool."""
+"""Tensors of an optimizer step by name: `response_tokens` [B, S]; `mask` (the response) and `clip_mask` [B, S - 1]
+bool; `old_logprobs` and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B]; `counted` [B] bool."""
 
 
 class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
-    """Configured by `model.grpo` (upstream's keys of `model.reinforce`, and `algo`) and `model.echorl`."""
+    """NeMo-Aligner's REINFORCE actor with the losses of this package. `model.grpo` (upstream's keys of
+    `model.reinforce`, and `algo`) and `model.echorl` configure it."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
-        """Raises UserError for a setting that is not known or not possible here."""
-        self.algo, self.echorl = algorithm(cfg)
+        """Raises UserError for a setting that does not exist or that NeMo-Aligner cannot follow."""
+        self.algo, self.echorl = method_config(cfg)
         with open_dict(cfg):
-            cfg.reinforce = cfg.grpo  # where the parent looks
+            cfg.reinforce = cfg.grpo  # the parent class reads this key
         super().__init__(cfg, trainer)
         sampling = cfg.grpo.sampling_params
         self.temperature = 1.0 if sampling.get("use_greedy", False) else float(sampling.temperature)
@@ -51,8 +52,10 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
 
     @torch.no_grad()
     def score(self, response_tokens: Tensor, forward_micro_batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probs of the tokens and exact entropies of the distributions that produced them, each [B, S - 1] nats,
-        from the same logits, on every pipeline stage. ``response_tokens`` [B, S]."""
+        """Log-probs of the tokens, and exact entropies of the distributions that produced them, each [B, S - 1] nats.
+
+        Both come from the same logits, and are returned on every pipeline stage. ``response_tokens`` [B, S].
+        """
         set_sync_funcs(self, forward_only=True)
         rows, sequence_length = response_tokens.shape
         size = forward_micro_batch_size or self.forward_micro_batch_size
@@ -74,11 +77,11 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
         return table[0], table[1]
 
     def get_inference_log_probs(self, response_tokens: Tensor, forward_micro_batch_size: int | None = None) -> Tensor:
-        """The log-probs of `score`; what the parent asks for the reference policy."""
+        """The log-probs of `score`. The parent class calls this to score the reference policy."""
         return self.score(response_tokens, forward_micro_batch_size)[0]
 
     def get_logprob_output_only_func(self, inference_only: bool = True) -> Callable[..., Any]:
-        """A forward step whose output becomes [2, b, S - 1]: log-probs and entropies."""
+        """A forward step for Megatron's schedule. Its output becomes [2, b, S - 1]: log-probs and entropies."""
         forward_only = self.get_forward_output_only_func()
 
         def forward_step(batches: Iterator[list[Tensor]], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -93,9 +96,11 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
         return forward_step
 
     def get_loss_and_metrics(self, batch: Batch, forward_only: bool) -> tuple[float, dict[str, float]]:
-        """Forward and backward over an optimizer step's share of this replica; the loss and metrics of the whole step.
+        """Run forward and backward over this replica's share of an optimizer step. Returns loss and metrics of the
+        whole step.
 
-        Every denominator is counted over all replicas first, so that nothing depends on how rollouts are spread.
+        The denominators are counted over all replicas first, so that the result does not depend on how the rollouts are
+        distributed.
         """
         self._count(batch)
         attention_mask, _, position_ids = self.get_ltor_masks_and_position_ids(tokens=batch["response_tokens"])
@@ -119,7 +124,8 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
         return metrics["loss"], metrics
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
-        """A forward step of training: the model's output, and what makes the loss of it."""
+        """A forward step of training for Megatron's schedule: the model's output, and the function that computes the
+        loss."""
 
         def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
@@ -154,13 +160,13 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
         loss = outputs.loss + self.echorl.coef * clip if self.echorl.enabled else outputs.loss
         metrics = {**outputs.metrics, "clip_loss": clip, "loss": loss}
         report = torch.stack([metrics[name].detach().double() for name in METRICS])
-        # Megatron divides by the number of micro-batches, NeMo averages gradients over replicas: the loss is a share of
-        # the whole step already
+        # undo Megatron's division by the number of micro-batches and NeMo's averaging over replicas: this loss is
+        # already a share of the whole step
         scale = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
         return loss * scale, {"report": report}
 
     def _count(self, batch: Batch) -> None:
-        """The denominators of the optimizer step, over all replicas."""
+        """Count the denominators of the optimizer step over all replicas."""
         mask, counted = batch["mask"], batch["counted"]
         counts = torch.stack(
             [
@@ -191,7 +197,7 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
 
 
 def _keys_of_this_stage(batch: Batch) -> set[str]:
-    """What a pipeline stage needs on its device: tokens where there is an embedding, the rest where there is a loss."""
+    """Keys of the tensors that this pipeline stage needs: tokens for the embedding, the others for the loss."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return set(batch)
     wanted = {"attention_mask"}

@@ -1,4 +1,4 @@
-"""Rollouts on their way through NeMo-Aligner: prompts in, one dictionary of tensors for all replicas, a share for each.
+"""Batches in NeMo-Aligner: the data set of prompts, and the dictionary of tensors that holds the rollouts of a step.
 
 Shapes: B rollouts of all replicas, S positions.
 """
@@ -18,11 +18,11 @@ from echorl_nemo.errors import UserError
 
 
 class GRPORolloutBatch(ReinforceRolloutBatch):
-    """Tensors by name, one row a rollout. Replicas hold the same rows until `chunk`."""
+    """Tensors by name with one row for each rollout. All replicas hold the same rows until `chunk`."""
 
     def chunk(self, rank: int, split_size: int, seed: int = 0) -> "GRPORolloutBatch":
-        """The share of replica ``rank`` of ``split_size``: a stretch of the rows. (Upstream's gives every replica all
-        of them, so that replicas train on the same minibatches; ``seed`` is of its signature.)"""
+        """The rows of replica ``rank`` of ``split_size``. Upstream's method returns all rows, so that every replica
+        trains on the same mini-batches. ``seed`` is not used; upstream's signature has it."""
         part = type(self)()
         for name, values in self.data.items():
             share = divide(len(values), split_size)
@@ -30,7 +30,7 @@ class GRPORolloutBatch(ReinforceRolloutBatch):
         return part
 
     def sorted_by_group(self) -> "GRPORolloutBatch":
-        """The rollouts of a prompt one after the other."""
+        """A copy in which the rollouts of a prompt are in consecutive rows."""
         order = torch.argsort(self.data["group_ids"], stable=True)
         ordered = type(self)()
         for name, values in self.data.items():
@@ -39,20 +39,21 @@ class GRPORolloutBatch(ReinforceRolloutBatch):
 
 
 def gather_over_replicas(values: Tensor) -> Tensor:
-    """The concatenation over replicas, in their order, of ``values`` [rows, ...]."""
+    """The ``values`` [rows, ...] of all replicas, concatenated in their order."""
     if values.dtype == torch.bool:  # gathered by a sum
         return rebalance_nd_tensor(values.to(torch.uint8), megatron_parallel_state.get_data_parallel_group()).bool()
     return rebalance_nd_tensor(values, megatron_parallel_state.get_data_parallel_group())
 
 
 def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, sequence_length: int) -> Tensor:
-    """[B, S - 1] bool: column t is True if token t + 1 is of the response; ``response_lengths`` count the prompt."""
+    """[B, S - 1] bool: column t is True if token t + 1 belongs to the response. ``response_lengths`` include the
+    prompt."""
     tokens = torch.arange(1, sequence_length, device=prompt_lengths.device)
     return (tokens >= prompt_lengths[:, None]) & (tokens < response_lengths[:, None])
 
 
 def pad_to_multiple(tokens: Tensor, multiple: int, *, eos_id: int) -> Tensor:
-    """[B, S] with EOS up to the next S that ``multiple`` divides: sequence parallelism splits positions evenly."""
+    """``tokens`` padded with EOS to a width that ``multiple`` divides, so that sequence parallelism can split it."""
     return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % multiple), value=eos_id)
 
 
@@ -60,10 +61,10 @@ class PromptDataset(torch.utils.data.Dataset):
     """Prompts with reference answers, from JSON lines or any source that `datasets` reads."""
 
     def __init__(self, source: str, tokenizer: Any, *, longest: int, field: str) -> None:
-        """``longest``: tokens that a prompt may have. ``field`` names the config key of ``source`` in errors.
+        """``longest``: most tokens that a prompt may have. ``field``: the configuration key of ``source``, for errors.
 
-        Each row has `prompt` (or `text`, upstream's word) and, where verifiers decide, `answer`. Raises UserError for a
-        bad row.
+        Each row has `prompt` (or `text`, as upstream calls it) and, if verifiers decide the reward, `answer`. Raises
+        UserError for bad rows.
         """
         self.rows: list[dict[str, Any]] = []
         problems = []
@@ -73,22 +74,22 @@ class PromptDataset(torch.utils.data.Dataset):
                 continue
             text = row.get("prompt", row.get("text"))
             if not isinstance(text, str) or not text:
-                problems.append(f"{where}: prompt={text!r} is no text; the row has {', '.join(map(str, row))}")
+                problems.append(f"{where}: prompt={text!r} is not a text; the row has {', '.join(map(str, row))}")
                 continue
             tokens = tokenizer.text_to_ids(text)
             if len(tokens) > longest:
                 problems.append(
-                    f"{where}: the prompt has {len(tokens)} tokens; model.encoder_seq_length less "
-                    f"model.grpo.length_params.max_length leaves {longest}"
+                    f"{where}: the prompt has {len(tokens)} tokens; use at most {longest}, which is "
+                    "model.encoder_seq_length minus model.grpo.length_params.max_length"
                 )
                 continue
             self.rows.append({"tokens": tokens, "answer": str(row.get("answer", "")), "index": len(self.rows)})
         raise_bad_rows(problems)
         if not self.rows:
-            raise UserError(f"{field}={source} holds no prompt")
+            raise UserError(f"{field}={source}: it holds no prompt; name another source")
 
-    def keep_whole(self, size: int) -> int:
-        """Leave out the last rows, those beyond a multiple of ``size``; returns how many."""
+    def drop_incomplete_step(self, size: int) -> int:
+        """Remove the last rows so that ``size`` divides the number of rows; return how many were removed."""
         left_out = len(self.rows) % size
         del self.rows[len(self.rows) - left_out :]
         return left_out
@@ -101,7 +102,8 @@ class PromptDataset(torch.utils.data.Dataset):
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], *, response_length: int, eos_id: int) -> dict[str, Any]:
-    """`text` [n, longest prompt + ``response_length``] padded with EOS, `length` [n], `answers`, `group_ids` [n]."""
+    """Collate prompts into `text` [n, longest prompt + ``response_length``] padded with EOS, `length` [n], `answers`
+    and `group_ids` [n]."""
     lengths = [len(item["tokens"]) for item in items]
     text = torch.full((len(items), max(lengths) + response_length), eos_id)
     for row, item in zip(text, items, strict=True):

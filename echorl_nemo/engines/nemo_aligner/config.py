@@ -1,6 +1,6 @@
-"""What EchoRL adds to a NeMo-Aligner configuration: `model.echorl`, `model.grpo.algo`, `verifier`.
+"""The sections that EchoRL adds to a NeMo-Aligner configuration: `model.echorl`, `model.grpo.algo`, `verifier`.
 
-Everything else keeps upstream's keys, with `grpo` where REINFORCE has `reinforce`.
+All other keys are upstream's, with `grpo` where REINFORCE has `reinforce`.
 """
 
 import math
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from echorl_nemo.echo import EchoRLConfig
-from echorl_nemo.errors import UserError, nearest
+from echorl_nemo.errors import UserError, did_you_mean
 from echorl_nemo.grpo import AlgoConfig
 from echorl_nemo.ops.ranges import check_fields, number
 
@@ -21,20 +21,21 @@ SectionT = TypeVar("SectionT")
 
 @dataclass(kw_only=True)
 class VerifierConfig:
-    """Rewards in process, `verifier`; with `name: null` the remote reward model of `remote_rm` decides."""
+    """The section `verifier`: rewards from verifiers in process. With `name: null` the remote reward model of
+    `remote_rm` decides."""
 
     name: str | None = "math"
-    """Verifier that decides success: `math`, `exact_line`, `choice`, or one's own as `package.module:function` of
-    (response, answer). Null asks `remote_rm`."""
+    """Verifier that decides success: `math`, `exact_line`, `choice`, or your own function, `package.module:name`, of
+    (response, answer). Null uses `remote_rm`."""
 
     extra: dict[str, float] = field(default_factory=dict)
-    """Further verifiers with their weights; added to the reward after success is decided."""
+    """Further verifiers with their weights. Their weighted values are added to the reward after success is decided."""
 
     workers: int = number(2, "[1, 1024]")
-    """Processes that verify, of each replica of the policy."""
+    """Processes that verify for each replica of the policy."""
 
     timeout: float = number(10.0, "(0, 86400]")
-    """Seconds that a verifier may take for a response; then its reward is 0, and counted."""
+    """Seconds that a verifier may take for a response. After that its reward is 0 and the failure is counted."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -47,17 +48,17 @@ class VerifierConfig:
         check_fields(self, "verifier", problems)
 
 
-def section(values: DictConfig | Mapping[str, Any] | None, schema: type[SectionT], where: str) -> SectionT:
-    """The part of a configuration at ``where`` as its dataclass.
+def parse_section(values: DictConfig | Mapping[str, Any] | None, schema: type[SectionT], where: str) -> SectionT:
+    """Parse the section ``where`` of a configuration into its dataclass.
 
-    Raises UserError that names key, value and remedy; a key that does not exist is one.
+    Raises UserError for a key that does not exist, or a value of a wrong type or range.
     """
     given = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values or {})
     assert isinstance(given, dict)
     keys = [spec.name for spec in fields(schema)]  # type: ignore[arg-type]
     for key in map(_text, given):
         if key not in keys:
-            raise UserError(f"{where}.{key}: no such key; {nearest(key, keys)}")
+            raise UserError(f"{where}.{key}: no such key; {did_you_mean(key, keys)}")
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
@@ -72,24 +73,24 @@ def _text(key: Any) -> str:
     return str(key)
 
 
-def algorithm(model_config: DictConfig) -> tuple[AlgoConfig, EchoRLConfig]:
-    """`model.grpo.algo` and `model.echorl`.
+def method_config(model_config: DictConfig) -> tuple[AlgoConfig, EchoRLConfig]:
+    """Parse `model.grpo.algo` and `model.echorl`.
 
-    Raises UserError for what this engine cannot do: NeMo-Aligner's rollouts come without log-probs, and a step asks its
-    prompts once.
+    Raises UserError for settings that NeMo-Aligner cannot follow: its rollouts come without log-probs, and a step
+    generates from its prompts once.
     """
-    algo = section(model_config.grpo.get("algo"), AlgoConfig, "model.grpo.algo")
-    echorl = section(model_config.get("echorl"), EchoRLConfig, "model.echorl")
+    algo = parse_section(model_config.grpo.get("algo"), AlgoConfig, "model.grpo.algo")
+    echorl = parse_section(model_config.get("echorl"), EchoRLConfig, "model.echorl")
     problems = [
         f"model.grpo.algo.{name}={getattr(algo, name)}: NeMo-Aligner's rollouts come without log-probs; use null"
         for name in ("tis_cap", "icepop_low", "icepop_high")
         if getattr(algo, name) is not None
     ]
     if algo.dynamic_sampling:
-        problems.append("model.grpo.algo.dynamic_sampling=true: a step asks its prompts once here; use false")
+        problems.append("model.grpo.algo.dynamic_sampling=true: NeMo-Aligner generates once in a step; use false")
     if echorl.entropy_source != "policy":
         problems.append(
-            f"model.echorl.entropy_source={echorl.entropy_source}: NeMo-Aligner's TensorRT-LLM returns tokens alone; "
+            f"model.echorl.entropy_source={echorl.entropy_source}: NeMo-Aligner's TensorRT-LLM returns only tokens; "
             "use policy"
         )
     if problems:
@@ -98,7 +99,7 @@ def algorithm(model_config: DictConfig) -> tuple[AlgoConfig, EchoRLConfig]:
 
 
 def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: int) -> list[str]:
-    """What does not divide in a step; ``grpo`` is `trainer.grpo`."""
+    """Problems of batch sizes that do not divide each other. ``grpo`` is the section `trainer.grpo`."""
     prompts, group = model_config.grpo.num_rollout_samples, grpo.num_rollouts_per_prompt
     rollouts, step = prompts * group, model_config.global_batch_size
     generated, scored = model_config.grpo.rollout_micro_batch_size, model_config.grpo.forward_micro_batch_size
@@ -123,5 +124,5 @@ def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: in
         ("rollouts of a replica", rollouts // data_parallel, "model.grpo.forward_micro_batch_size", scored),
     ):  # fmt: skip
         if count % divisor:
-            problems.append(f"{key}={divisor} does not divide the {count} {what}")
+            problems.append(f"{key}={divisor}: it does not divide the {count} {what}; use a divisor of {count}")
     return problems

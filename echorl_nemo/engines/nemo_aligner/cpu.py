@@ -1,11 +1,11 @@
-"""Every stand-in that NeMo-Aligner 0.7, NeMo 2.1 and Megatron-Core 0.10 need on a machine without a GPU; nothing else
-is replaced, and in the NGC container none of it is used.
+"""All stand-ins that NeMo-Aligner 0.7, NeMo 2.1 and Megatron-Core 0.10 need on a machine without a GPU. In the NGC
+container none of them is used.
 
-The libraries' own code runs: model, tensor and pipeline parallelism, schedules, generation, trainer, checkpoints. What
-stands in: the CUDA device (the CPU answers), NeMo's umbrella packages (their re-exports are found when they are asked
-for, so that speech and multimodal code is not imported), TensorRT-LLM and NeMo's export (absent), what apex and
-Transformer Engine give (torch's own layers and norms), Lightning's strategy (gloo in place of NCCL), and a call into
-torch's checkpoint writer that a newer torch takes differently.
+The libraries' own code runs: model, tensor and pipeline parallelism, schedules, generation, trainer, checkpoints.
+Replaced are: the CUDA device (by the CPU), NeMo's packages that re-export everything below them (by ones that import a
+name at its first use, so that speech and multimodal code is not imported), TensorRT-LLM and NeMo's export (absent),
+layers and norms of apex and Transformer Engine (by torch's), Lightning's strategy (gloo instead of NCCL), and a call
+into torch's checkpoint writer whose arguments have changed.
 """
 
 import ast
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from echorl_nemo.engines.fused_adam import GroupStepAdamW
 
-UMBRELLAS = (
+RE_EXPORTING = (
     "nemo.collections.nlp",
     "nemo.collections.nlp.models",
     "nemo.collections.nlp.data",
@@ -37,7 +37,7 @@ UMBRELLAS = (
     "nemo.collections.nlp.data.language_modeling",
     "nemo.collections.nlp.data.language_modeling.megatron",
 )
-"""Packages whose __init__ imports everything below them."""
+"""Packages of NeMo whose __init__ imports everything below them."""
 
 ABSENT: dict[str, tuple[str, ...]] = {
     "tensorrt_llm": (),
@@ -48,13 +48,13 @@ ABSENT: dict[str, tuple[str, ...]] = {
     "nemo.export.trt_llm.nemo_ckpt_loader": (),
     "nemo.export.trt_llm.nemo_ckpt_loader.nemo_file": ("build_tokenizer",),
 }
-"""Modules that nemo_aligner.utils.trt_llm imports before it asks whether they are there, with the names it takes."""
+"""Modules that nemo_aligner.utils.trt_llm imports before it checks that they exist, with the names it imports."""
 
 _installed: list[object] = []
 
 
 def install() -> None:
-    """Put the stand-ins in place, once for each process; a forked rank inherits them. Nothing where there is a GPU.
+    """Put the stand-ins in place, once in each process; a forked rank inherits them. Does nothing if there is a GPU.
 
     Must be called before NeMo-Aligner is imported.
     """
@@ -69,8 +69,8 @@ def install() -> None:
     _installed.append(mode)
     _replace_cuda()
     _replace_collectives()
-    for name in UMBRELLAS:
-        _open_umbrella(name)
+    for name in RE_EXPORTING:
+        _replace_by_lazy_package(name)
     for name, attributes in ABSENT.items():
         _make_module(name, [], {attribute: _absent(f"{name}.{attribute}") for attribute in attributes})
     importlib.import_module("nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor")
@@ -82,7 +82,7 @@ def install() -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Lets `device="cuda"` in the libraries' calls mean the CPU."""
+    """Makes `device="cuda"` mean the CPU in the libraries' calls."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -104,7 +104,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """Everything is in order on the CPU, so there is nothing to wait for."""
+    """A CUDA stream without effect: the CPU runs everything in order."""
 
     def wait_stream(self, *args: Any) -> None: ...
 
@@ -137,7 +137,7 @@ def _returns(value: Any) -> Callable[..., Any]:
 
 
 def _replace_collectives() -> None:
-    """gloo refuses an input without dimensions, such as NeMo-Aligner's rebalance_nd_tensor gathers."""
+    """Give inputs without dimensions one before they are gathered: gloo refuses those of rebalance_nd_tensor."""
     gather = dist.all_gather_into_tensor
 
     def gather_with_dimension(output: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +146,8 @@ def _replace_collectives() -> None:
     setattr(dist, "all_gather_into_tensor", gather_with_dimension)  # noqa: B010
 
 
-def _open_umbrella(name: str) -> None:
-    """Put a package in place of ``name`` that imports each name its own __init__ re-exports when it is asked for."""
+def _replace_by_lazy_package(name: str) -> None:
+    """Replace the package ``name`` by one that imports each name which its __init__ re-exports at the first use."""
     import nemo.collections  # noqa: F401
 
     folder = Path(sys.modules["nemo"].__path__[0]).joinpath(*name.split(".")[1:])
@@ -196,7 +196,7 @@ def _replace_random_state() -> None:
     seed_without_tracker = megatron_init._set_random_seed
 
     def seed(value: int) -> None:
-        """NeMo seeds the tensor-parallel tracker only where it counts a device."""
+        """Seed the tensor-parallel tracker too, which NeMo does only if torch counts a CUDA device."""
         seed_without_tracker(value)
         tensor_parallel.model_parallel_cuda_manual_seed(value + 100 * megatron_init.get_pipeline_model_parallel_rank())
 
@@ -204,7 +204,7 @@ def _replace_random_state() -> None:
 
 
 def _replace_apex_and_transformer_engine() -> None:
-    """NeMo asks apex and Transformer Engine for these; Megatron-Core and torch have them too."""
+    """Give NeMo the parts of Megatron-Core and torch that do what it takes from apex and Transformer Engine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
     from nemo.collections.nlp.models import nlp_model
@@ -234,7 +234,7 @@ def _replace_apex_and_transformer_engine() -> None:
 
 
 class _MultiTensor:
-    """apex's amp_C, as far as NeMo's gradient clipping calls it."""
+    """The functions of apex's amp_C that NeMo's gradient clipping calls."""
 
     @staticmethod
     def multi_tensor_l2norm(lists: list[list[torch.Tensor]], *args: Any) -> tuple[torch.Tensor, None]:
@@ -265,7 +265,7 @@ def _replace_strategy() -> None:
 
 
 def _write_checkpoints_with_new_torch() -> None:
-    """Megatron-Core 0.10 calls a function of torch whose arguments have changed since."""
+    """Adapt a call of Megatron-Core 0.10 into torch's checkpoint writer, whose arguments have changed since."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
 

@@ -1,4 +1,4 @@
-"""A run in NeMo-Aligner's words: the overrides of conf/nemo_aligner/echo_grpo_actor.yaml that a RunConfig asks for."""
+"""Translates a RunConfig into overrides of NeMo-Aligner's configuration, conf/nemo_aligner/echo_grpo_actor.yaml."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from echorl_nemo.schema import RunConfig, changed
 
 CONFIG_NAME = "echo_grpo_actor"
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen"}
-"""Architectures that NeMo 2.1's converters know (`convert_{llama,qwen2}_hf_to_nemo.py`), and TensorRT-LLM's word."""
+"""Architectures that NeMo 2.1 converts (`convert_{llama,qwen2}_hf_to_nemo.py`), with TensorRT-LLM's names for them."""
 
 UNREAD = (
     "model.keep_special_tokens",
@@ -22,16 +22,16 @@ UNREAD = (
     "checkpoint",
     "resilience",
 )
-"""Keys that say nothing to NeMo-Aligner, which saves, and keeps checkpoints, in its own way."""
+"""Keys without effect in NeMo-Aligner, which for example writes checkpoints in its own way."""
 
 
 def overrides(
     config: RunConfig, model_type: str, *, train: Path, evaluate: Path | None, eval_prompts: int, eos: Sequence[str]
 ) -> list[str]:
-    """The settings of ``config``.
+    """The overrides that stand for ``config``.
 
-    ``train``, ``evaluate``: files of rendered prompts; ``eval_prompts`` of them in the latter. ``eos``: texts of the
-    tokens that end a response. ``parallel`` must be settled, `parallel.data` included.
+    ``train``, ``evaluate``: files of rendered prompts, of which the latter holds ``eval_prompts``. ``eos``: texts of
+    the tokens that end a response. All sizes in `config.parallel` must be resolved, `data` included.
     """
     settings = {
         **_trainer(config, model_type),
@@ -40,7 +40,7 @@ def overrides(
         "pretrained_checkpoint.restore_from_path": config.model.nemo_path,
         "data.train": str(train),
         "data.validation": str(evaluate or train),
-        # a folder of its own: exp_manager moves the files that it finds in it
+        # a separate folder: exp_manager moves the files that it finds in it
         "exp_manager.explicit_log_dir": str(Path(config.trainer.run_dir) / "nemo_aligner"),
         "exp_manager.create_wandb_logger": config.logger.wandb_project is not None,
         "verifier.name": config.data.reward,
@@ -105,9 +105,9 @@ def _parallel(config: RunConfig) -> dict[str, Any]:
 
 
 def _step(config: RunConfig, eval_prompts: int) -> dict[str, Any]:
-    """Batches: how many prompts a step, an optimizer step, a generation and a forward have."""
+    """Batch sizes: prompts or rollouts in a step, an optimizer step, a generation and a forward."""
     trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
-    # TensorRT-LLM generates with tensor parallelism alone: pipeline stages are further replicas
+    # TensorRT-LLM generates with tensor parallelism only: pipeline stages become further replicas
     replicas = data * (config.parallel.pipeline if config.rollout.engine == "trtllm" else 1)
     at_a_time = _largest_divisor(
         trainer.prompts_per_step // replicas, at_most=max(1, config.rollout.batch_size // group_size)
@@ -132,7 +132,7 @@ def _largest_divisor(number: int, *, at_most: int) -> int:
 
 
 def problems(config: RunConfig, model_type: str) -> list[str]:
-    """What NeMo-Aligner 0.7 cannot do, each with its remedy."""
+    """Problems of settings that NeMo-Aligner 0.7 cannot follow."""
     found = []
     if model_type not in MODEL_TYPES:
         found.append(
@@ -154,11 +154,9 @@ def problems(config: RunConfig, model_type: str) -> list[str]:
         ("logger.mlflow_experiment", config.logger.mlflow_experiment, None),
     ):
         if value != usual:
-            found.append(
-                f"{key}={value}: the NeMo-Aligner engine has no such thing; use {_null(usual)}, or engine=nemo_rl"
-            )
+            found.append(f"{key}={value}: NeMo-Aligner does not support it; use {_null(usual)}, or engine=nemo_rl")
     found += [
-        f"{key}={value}: the NeMo-Aligner engine does not read it; leave it out, or use engine=megatron"
+        f"{key}={value}: NeMo-Aligner does not read it; leave it out, or use engine=megatron"
         for key, value in changed(config, UNREAD)
     ]
     save, evaluate = config.trainer.save_every, config.trainer.eval_every

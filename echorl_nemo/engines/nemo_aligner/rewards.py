@@ -1,4 +1,4 @@
-"""Rewards in process, behind the interface of NeMo-Aligner's remote reward model."""
+"""Verifiers in place of NeMo-Aligner's reward model server, with the interface of its client."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,30 +16,31 @@ from echorl_nemo.rewards import Verdict, VerifierPool, find_verifier, takes_row
 
 
 class InProcessRewards:
-    """Verifies on one rank of each replica, while it generates on."""
+    """Verifies rollouts on one rank of each replica while the replica goes on generating."""
 
     def __init__(self, config: VerifierConfig, tokenizer: Any) -> None:
-        """Raises UserError for a verifier that does not exist, or that takes the data's row."""
+        """Raises UserError for a verifier that does not exist, or that takes the row of the data."""
         assert config.name is not None
         names = [config.name, *config.extra]
         for name in names:
             if takes_row(find_verifier(name)):
                 raise UserError(
-                    f"verifier.name={name}: it takes the data's row, which NeMo-Aligner's batches do not carry; use "
-                    "one of (response, answer), or engine=megatron"
+                    f"verifier.name={name}: it takes the row of the data, which NeMo-Aligner's batches do not carry; "
+                    "use a function of (response, answer), or engine=megatron"
                 )
         self.tokenizer, self.failures = tokenizer, 0
-        """Verdicts that could not be reached on this rank, so far."""
+        """Number of verdicts that were not reached on this rank so far."""
         self._pool = VerifierPool(names, workers=config.workers, timeout_seconds=config.timeout)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifiers")
 
     def infer_rm(self, rollout_batch: Mapping[str, Any]) -> "PendingRewards":
-        """Start on a micro-batch: `response_tokens`, `prompt_lengths`, `response_lengths` and `answers`."""
+        """Start to verify a micro-batch, which holds `response_tokens`, `prompt_lengths`, `response_lengths` and
+        `answers`."""
         pending = run_if_model_parallel_src(self._submit, rollout_batch)
         return PendingRewards(self, pending)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the verifiers' processes."""
         self._thread.shutdown(cancel_futures=True)
         self._pool.close()
 
@@ -57,7 +58,7 @@ class InProcessRewards:
         return self._thread.submit(self._pool.score, pairs)
 
     def _table(self, verdicts: Mapping[str, Sequence[Verdict]]) -> Tensor:
-        """[b, verifiers] float32, the deciding one first."""
+        """[b, verifiers] float32: the rewards, those of the deciding verifier first."""
         for name, given in verdicts.items():
             failed = [verdict.failure for verdict in given if verdict.failure]
             self.failures += len(failed)
@@ -67,12 +68,13 @@ class InProcessRewards:
 
 
 class PendingRewards:
-    """What upstream calls a future: `result()` is [b, rewards] on every rank of the replica."""
+    """Rewards that are being computed. Upstream's client returns a future with the same method."""
 
     def __init__(self, rewards: InProcessRewards, pending: "Future[dict[str, list[Verdict]]] | None") -> None:
         self._rewards, self._pending = rewards, pending
 
     def result(self) -> Tensor:
+        """Wait for the rewards: [b, verifiers] on every rank of the replica."""
         table = None
         if self._pending is not None:
             table = self._rewards._table(self._pending.result()).contiguous().to(torch.cuda.current_device())

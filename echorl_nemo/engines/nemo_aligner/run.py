@@ -1,4 +1,4 @@
-"""A run from its configuration: model, data, rewards and trainer, tied together."""
+"""Runs a training in NeMo-Aligner from its configuration: creates model, data, rewards and trainer."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from echorl_nemo.engines.nemo_aligner import cpu
 
-cpu.install()  # where there is no GPU; before anything of NeMo is imported
+cpu.install()  # does nothing if there is a GPU; must come before NeMo is imported
 
 import torch.multiprocessing as mp  # noqa: E402
 from nemo.utils import logging  # noqa: E402
@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from echorl_nemo.engines.nemo_aligner.actor import MegatronGPTEchoGRPOActorModel  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.batch import PromptDataset, collate_prompts  # noqa: E402
-from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, algorithm, section  # noqa: E402
+from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, method_config, parse_section  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.rewards import InProcessRewards  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.trainer import EchoGRPOTrainer  # noqa: E402
 from echorl_nemo.errors import UserError  # noqa: E402
@@ -48,9 +48,9 @@ for name, function in {
 
 
 def train(cfg: DictConfig) -> None:
-    """The whole run that `cfg` (conf/nemo_aligner) describes.
+    """Run the training that ``cfg`` (of conf/nemo_aligner) describes.
 
-    Raises UserError for what is wrong with it, before anything is generated.
+    Raises UserError for wrong settings before anything is generated.
     """
     if torch.cuda.is_available():
         mp.set_start_method("spawn", force=True)
@@ -60,10 +60,10 @@ def train(cfg: DictConfig) -> None:
 
 
 def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
-    """Everything that `cfg` names, tied together; restored where `exp_manager` finds a checkpoint."""
+    """Create the trainer with everything that ``cfg`` names. It is restored if `exp_manager` finds a checkpoint."""
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
-    algorithm(cfg.model)  # what is wrong is told before a model is built
-    verifier = section(cfg.get("verifier"), VerifierConfig, "verifier")
+    method_config(cfg.model)  # raises for wrong settings before a model is built
+    verifier = parse_section(cfg.get("verifier"), VerifierConfig, "verifier")
     logging.info(f"\n{OmegaConf.to_yaml(cfg)}")
 
     ptl_trainer = resolve_and_create_trainer(cfg, "grpo")
@@ -85,7 +85,7 @@ def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
     init_distributed(ptl_trainer, model, cfg.model.get("transformer_engine", False))
 
     train, validation = datasets(cfg, model.tokenizer)
-    # NeMo plans the learning rate by it, and counts optimizer steps
+    # NeMo's learning-rate schedule reads it, and counts optimizer steps
     ptl_trainer.fit_loop.epoch_loop.max_steps = optimizer_steps(cfg, len(train))
     init_using_ptl(ptl_trainer, model, torch.utils.data.DataLoader(train), train)
     del model._train_dl
@@ -112,9 +112,9 @@ def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
 
 
 def datasets(cfg: DictConfig, tokenizer: Any) -> tuple[PromptDataset, PromptDataset]:
-    """Prompts to train with, in whole steps, and to validate with.
+    """The prompts for training, as many as fill whole steps, and those for validation.
 
-    Raises UserError for fewer than a step, or a validation, asks.
+    Raises UserError if there are fewer than one step, or one validation, needs.
     """
     longest = cfg.model.encoder_seq_length - cfg.model.grpo.length_params.max_length
     train, validation = (
@@ -126,14 +126,14 @@ def datasets(cfg: DictConfig, tokenizer: Any) -> tuple[PromptDataset, PromptData
             raise UserError(
                 f"data.{name}: {len(prompts)} prompts are fewer than model.grpo.{size}={cfg.model.grpo[size]}; lower it"
             )
-    # the sampler's epoch would be longer than the trainer's, and the next begin with a step of other size
-    if left_out := train.keep_whole(cfg.model.grpo.num_rollout_samples):
+    # otherwise the sampler's epoch is longer than the trainer's, and the next one begins with a step of another size
+    if left_out := train.drop_incomplete_step(cfg.model.grpo.num_rollout_samples):
         logging.warning(f"data.train: the last {left_out} of its prompts fill no step and are left out")
     return train, validation
 
 
 def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
-    """Of the whole run, when `data.train` has ``prompts``."""
+    """Number of optimizer steps of the whole run if `data.train` has ``prompts`` prompts."""
     grpo, asked = cfg.trainer.grpo, cfg.model.grpo.num_rollout_samples
     steps = prompts // asked * grpo.max_epochs
     if grpo.max_steps >= 0:
@@ -142,7 +142,7 @@ def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
 
 
 def dataloaders(cfg: DictConfig, train: PromptDataset, validation: PromptDataset, eos_id: int) -> dict[str, Any]:
-    """What the trainer makes its batches of prompts with."""
+    """The arguments with which the trainer builds its loaders of prompts."""
     grpo = cfg.model.grpo
     collate = partial(collate_prompts, response_length=grpo.length_params.max_length, eos_id=eos_id)
     loader = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
@@ -162,7 +162,7 @@ def dataloaders(cfg: DictConfig, train: PromptDataset, validation: PromptDataset
 
 
 def reward_model(cfg: DictConfig, verifier: VerifierConfig, tokenizer: Any) -> Any:
-    """Verifiers in process, or upstream's client of a reward model server."""
+    """The verifiers in process, or upstream's client of a reward model server."""
     if verifier.name is not None:
         return InProcessRewards(verifier, tokenizer)
     from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient  # needs pytriton

@@ -27,10 +27,11 @@ from echorl_nemo.grpo import counted_rollouts, group_advantages, kl_estimate, ov
 
 
 class EchoGRPOTrainer(ReinforceTrainer):
-    """Takes upstream's arguments; `cfg` is `trainer.grpo`, the model a `MegatronGPTEchoGRPOActorModel`."""
+    """NeMo-Aligner's REINFORCE trainer with group advantages and EchoClips. `cfg` is the section `trainer.grpo`; the
+    model must be a `MegatronGPTEchoGRPOActorModel`."""
 
     def __init__(self, *args: Any, reward_weights: tuple[float, ...] = (), **kwargs: Any) -> None:
-        """``reward_weights``: of the reward's columns after the first, which decides success.
+        """``reward_weights``: weights of the reward's further columns; the first column decides success.
 
         Raises UserError for batch sizes that do not divide.
         """
@@ -45,10 +46,10 @@ class EchoGRPOTrainer(ReinforceTrainer):
 
     @torch.no_grad()
     def generate_rollouts(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
-        """The step's share of this replica, metrics of the whole step, and seconds of each phase.
+        """Generate the rollouts of a step. Returns this replica's share, metrics of the whole step, and seconds of each
+        phase.
 
-        (Upstream counts a step's rollouts as the samples that it consumed, and so passes over prompts; here they are
-        its prompts.)
+        `consumed_samples` counts the prompts of a step. Upstream counts its rollouts, and so skips prompts.
         """
         with self.timer("prepare_for_inference"):
             self.model.prepare_for_inference()
@@ -63,9 +64,10 @@ class EchoGRPOTrainer(ReinforceTrainer):
     def _run_inference(
         self, dataloader_builder: Callable[..., Any], consumed_samples: int, is_validation: bool
     ) -> tuple[GRPORolloutBatch, dict[str, Any]]:
-        """Rollouts of a step with their rewards, the same on every replica, and what they tell."""
-        # with TensorRT-LLM's resharding, pipeline stages generate as further replicas: what belongs to a rollout is
-        # gathered in the same context
+        """Generate the rollouts of a step with their rewards. Returns them, the same on every replica, and their
+        metrics."""
+        # with TensorRT-LLM's resharding pipeline stages generate as further replicas, so that all tensors of a rollout
+        # must be gathered in the same context
         reshard = trt_llm_reshard_region if self.trtllm_reshard else nullcontext
         with reshard():
             dataloader = dataloader_builder(consumed_samples=consumed_samples)
@@ -105,8 +107,8 @@ class EchoGRPOTrainer(ReinforceTrainer):
         return rollouts, pending
 
     def generate_reinforce_data(self, rollout_batch: GRPORolloutBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Of the whole step's rollouts: scores, advantages and EchoClips; returned is the share of this replica, ready
-        for `get_loss_and_metrics`, with the clips' statistics."""
+        """Score the rollouts of the whole step, estimate advantages and select EchoClips. Returns this replica's share,
+        as `get_loss_and_metrics` takes it, and the statistics of the clips."""
         batch = rollout_batch
         if self.model.cfg.get("sequence_parallel", False):
             ranks, eos_id = self.model.cfg.tensor_model_parallel_size, self.model.tokenizer.eos_id
@@ -128,7 +130,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
         return batch.chunk(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
     def _score(self, batch: GRPORolloutBatch) -> None:
-        """Each replica scores its share; all get the whole: clips may depend on other rollouts of the step."""
+        """Score this replica's share and gather those of all: clips may depend on other rollouts of the step."""
         tokens = self._share(batch)["response_tokens"]
         with self.timer("logprobs"):
             scored = dict(zip(("old_logprobs", "entropies"), self.model.score(tokens), strict=True))
@@ -139,7 +141,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
             batch[name] = torch.where(batch["mask"], gather_over_replicas(values.contiguous()), 0.0)
 
     def _shaped_rewards(self, batch: GRPORolloutBatch) -> Tensor:
-        """[B]: what advantages are estimated from."""
+        """[B]: the rewards from which advantages are estimated."""
         lengths = batch["response_lengths"] - batch["prompt_lengths"]
         budget = self.model.cfg.grpo.length_params.max_length
         shaped = batch["rewards"] - overlong_penalty(lengths, budget, self.algo)
@@ -151,7 +153,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
         return shaped
 
     def _select_clips(self, batch: GRPORolloutBatch) -> dict[str, float]:
-        """Fill in the EchoClips of the verified successes; returns their statistics."""
+        """Fill in the EchoClips of the verified successes and return their statistics."""
         batch["clip_mask"] = torch.zeros_like(batch["mask"])
         if not self.echorl.enabled:
             return {}
@@ -168,7 +170,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
 
 
 def _group_metrics(batch: GRPORolloutBatch, echorl: EchoRLConfig) -> dict[str, float]:
-    """`all_one`, `all_zero`: the share of groups in which every rollout, or none, is rewarded as a success."""
+    """`all_one` and `all_zero`: the shares of groups in which every rollout, or none, is a success."""
     _, index, sizes = batch["group_ids"].unique(return_inverse=True, return_counts=True)
     successes = torch.zeros_like(sizes).scatter_add_(0, index, (batch["rewards"] >= echorl.success_reward).long())
     return {
@@ -178,7 +180,7 @@ def _group_metrics(batch: GRPORolloutBatch, echorl: EchoRLConfig) -> dict[str, f
 
 
 class _IdsToText:
-    """A NeMo tokenizer that is no Hugging Face one, as `boundary_ids` asks for it."""
+    """Gives a NeMo tokenizer that is not a Hugging Face one the methods that `boundary_ids` calls."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -1,15 +1,15 @@
-"""`loss_fn.echorl` of a NeMo-RL configuration, and what has to hold for it to do anything."""
+"""The section `loss_fn.echorl` of a NeMo-RL configuration, and the settings under which it works."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from echorl_nemo.echo import EchoRLConfig
-from echorl_nemo.errors import UserError, nearest
+from echorl_nemo.errors import UserError, did_you_mean
 
 
 def echorl_config(loss_fn: Any) -> EchoRLConfig:
-    """The settings of the method; ``loss_fn`` is the configuration's section.
+    """Parse the settings of the method from ``loss_fn``, the section of the configuration.
 
     Raises UserError that names key, value and remedy.
     """
@@ -21,7 +21,7 @@ def echorl_config(loss_fn: Any) -> EchoRLConfig:
     known = [spec.name for spec in fields(EchoRLConfig)]
     for key in values:
         if key not in known:
-            raise UserError(f"loss_fn.echorl.{key}: no such key; {nearest(str(key), known)}")
+            raise UserError(f"loss_fn.echorl.{key}: no such key; {did_you_mean(str(key), known)}")
     try:
         return EchoRLConfig(**dict(values))
     except (TypeError, ValueError) as error:
@@ -31,8 +31,8 @@ def echorl_config(loss_fn: Any) -> EchoRLConfig:
 
 
 def problems(config: Any) -> list[str]:
-    """Every setting of ``config``, NeMo-RL's master configuration, under which EchoRL would do nothing, or something
-    else than it says, each with its remedy."""
+    """Problems of settings in ``config``, NeMo-RL's master configuration, under which EchoRL would have no effect or a
+    wrong one."""
     found = []
     try:
         echorl = echorl_config(get(config, "loss_fn"))
@@ -40,7 +40,7 @@ def problems(config: Any) -> list[str]:
         return [str(error)]
     if echorl.entropy_source != "policy":
         found.append(
-            f"loss_fn.echorl.entropy_source={echorl.entropy_source}: entropies come from the log-prob pass; use policy"
+            f"loss_fn.echorl.entropy_source={echorl.entropy_source}: entropies come from the scoring pass; use policy"
         )
     policy, grpo = get(config, "policy"), get(config, "grpo")
     megatron = get(policy, "megatron_cfg") or {}
@@ -59,8 +59,8 @@ def problems(config: Any) -> list[str]:
     loss_fn = get(config, "loss_fn")
     if get(loss_fn, "force_on_policy_ratio") and get(grpo, "seq_logprob_error_threshold") is None:
         found.append(
-            "loss_fn.force_on_policy_ratio=true skips the log-prob pass, and the entropies with it; use false, or set "
-            "grpo.seq_logprob_error_threshold"
+            "loss_fn.force_on_policy_ratio=true: it skips the log-prob pass, and the entropies with it; use false, or "
+            "set grpo.seq_logprob_error_threshold"
         )
     if get(get(grpo, "reward_scaling") or {}, "enabled"):
         found.append(
@@ -68,12 +68,12 @@ def problems(config: Any) -> list[str]:
             "sees it; use false"
         )
     if get(get(grpo, "adv_estimator") or {}, "name") == "opd":
-        found.append("grpo.adv_estimator.name=opd distils from a teacher and has no rewards of success; use grpo")
+        found.append("grpo.adv_estimator.name=opd: it distils from a teacher and has no rewards of success; use grpo")
     return found
 
 
 def get(section: Any, key: str) -> Any:
-    """``section.key`` of a mapping or a model; None if it is not there."""
+    """The value of ``key`` in ``section``, a mapping or an object with attributes; None if it has no such key."""
     if isinstance(section, Mapping):
         return section.get(key)
     return getattr(section, key, None)

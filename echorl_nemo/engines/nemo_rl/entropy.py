@@ -1,5 +1,4 @@
-"""Exact entropies from the logits of the Megatron worker's log-prob pass, packed sequences and context parallelism
-included.
+"""Exact entropies from the logits of NeMo-RL's log-prob pass, also for packed rows and context parallelism.
 
 Shapes: B rollouts of a micro-batch, S positions, T tokens of a packed row, v vocabulary columns of this rank.
 """
@@ -19,7 +18,7 @@ from echorl_nemo.ops import logprob_and_entropy
 
 
 class EchoLogprobsPostProcessor(LogprobsPostProcessor):
-    """Upstream's, which also collects the entropies of each micro-batch, [B, S] on the host."""
+    """Upstream's `LogprobsPostProcessor`, which also collects the entropies of each micro-batch, [B, S] on the host."""
 
     def __init__(self, *args: Any, collected: list[Tensor], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,7 +33,7 @@ class EchoLogprobsPostProcessor(LogprobsPostProcessor):
         packed = self.cfg["sequence_packing"]["enabled"]
 
         def process(logits: Tensor) -> Any:
-            # first: upstream may write into the logits
+            # before upstream's call, which may overwrite the logits
             entropies = token_entropies(
                 logits, tuple(data_dict["input_ids"].shape), cu_seqlens_padded if packed else None
             )
@@ -45,7 +44,7 @@ class EchoLogprobsPostProcessor(LogprobsPostProcessor):
 
 
 def token_entropies(logits: Tensor, shape: tuple[int, int], cu_seqlens_padded: Tensor | None) -> Tensor:
-    """[B, S] float32 nats, aligned to the token that each distribution produced; 0 at the first.
+    """The entropy of each token's distribution, [B, S] float32 nats, aligned to the produced token; 0 at the first.
 
     ``logits`` [B, S, v], or [1, T / CP, v] of a packed row whose sequences begin at ``cu_seqlens_padded`` [B + 1];
     already divided by the temperature, as NeMo-RL does before it takes log-probs.

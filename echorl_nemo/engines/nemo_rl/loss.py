@@ -1,6 +1,6 @@
 """The loss: NeMo-RL's clipped policy-gradient loss plus the clip loss.
 
-It is pickled by reference to the training workers: torch and NeMo-RL are all that it imports.
+It is pickled by reference to the training workers, so that it imports only torch and NeMo-RL.
 
 Shapes: B rollouts of a micro-batch, S positions.
 """
@@ -12,15 +12,15 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 from torch import Tensor
 
 WEIGHT = "echo_weight"
-"""[B, S] float32 of the data: what each token counts in the clip loss, see `EchoStep.weights`."""
+"""Key of the data's weights [B, S] float32: the weight of each token in the clip loss, see `EchoStep.weights`."""
 
 
 class EchoClippedPGLossFn(ClippedPGLossFn):
     """`ClippedPGLossFn` + `coef` x clip loss, in the same forward and backward.
 
-    The clip loss is normalised like the gradient, by the global count of valid tokens (sequences, for a loss of that
-    type): `echo_weight` has turned that count into the clip loss's own denominator. So it is exact whatever the split
-    over replicas, the micro-batch size and the packing.
+    NeMo-RL divides the loss by the global count of valid tokens (or sequences, by its type). `echo_weight` is scaled so
+    that this division gives the clip loss's own denominator. So the loss does not depend on replicas, micro-batch size
+    or packing.
     """
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +28,7 @@ class EchoClippedPGLossFn(ClippedPGLossFn):
         section = cfg["echorl"] if isinstance(cfg, dict) else cfg.echorl
         self.echorl_coef = float(section.get("coef", 1e-3)) if section.get("enabled", True) else 0.0
         normalizations = getattr(self, "metric_normalizations", None)
-        if normalizations is not None:  # since v0.8: how each metric was divided
+        if normalizations is not None:  # since v0.8 upstream records how each metric was divided
             normalizations["echorl/clip_loss"] = normalizations["loss"]
 
     def __call__(

@@ -1,4 +1,4 @@
-"""A run in NeMo-RL's words: the overrides of conf/nemo_rl/run.yaml that a RunConfig asks for (keys of v0.7.0)."""
+"""Translates a RunConfig into overrides of NeMo-RL's configuration, conf/nemo_rl/run.yaml (keys of v0.7.0)."""
 
 import math
 from collections.abc import Sequence
@@ -32,16 +32,16 @@ UNREAD = (
     "checkpoint",
     "resilience",
 )
-"""Keys that say nothing to NeMo-RL, which verifies, saves, and keeps checkpoints, in its own way."""
+"""Keys without effect in NeMo-RL, which for example verifies and writes checkpoints in its own way."""
 
 
 def overrides(
     config: RunConfig, *, train: Path, evaluate: Path | None, eval_prompts: int, stop_ids: Sequence[int]
 ) -> list[str]:
-    """The settings of ``config``.
+    """The overrides that stand for ``config``.
 
-    ``train``, ``evaluate``: files of rendered prompts; ``eval_prompts`` of them in the latter. ``stop_ids``: tokens
-    that end a response.
+    ``train``, ``evaluate``: files of rendered prompts, of which the latter holds ``eval_prompts``. ``stop_ids``: ids of
+    the tokens that end a response.
     """
     settings = {
         **_grpo(config, eval_prompts),
@@ -147,7 +147,7 @@ def _megatron(config: RunConfig) -> dict[str, Any]:
         "optimizer.adam_beta1": trainer.adam_beta1,
         "optimizer.adam_beta2": trainer.adam_beta2,
         "optimizer.adam_eps": trainer.adam_eps,
-        # counted in steps here, of several optimizer steps each
+        # NeMo-RL counts training steps, which have several optimizer steps
         "scheduler.lr_warmup_iters": math.ceil(
             trainer.warmup_steps * trainer.minibatch_prompts / trainer.prompts_per_step
         ),
@@ -210,7 +210,7 @@ def _files(config: RunConfig) -> dict[str, Any]:
 
 
 def untranslatable(config: RunConfig) -> list[str]:
-    """What NeMo-RL 0.7 cannot do, each with its remedy."""
+    """Problems of settings that NeMo-RL 0.7 cannot follow."""
     algo, data = config.algo, config.data
     found = []
     for key, value, wanted in (
@@ -224,7 +224,7 @@ def untranslatable(config: RunConfig) -> list[str]:
         ("parallel.device", config.parallel.device == "cpu", False),
     ):
         if value != wanted:
-            found.append(f"{key}={value}: NeMo-RL has no such thing; use {wanted}, or engine=megatron")
+            found.append(f"{key}={value}: NeMo-RL does not support it; use {wanted}, or engine=megatron")
     found += [
         f"{key}={value}: NeMo-RL does not read it; leave it out, or use engine=megatron"
         for key, value in changed(config, UNREAD)
@@ -237,7 +237,7 @@ def untranslatable(config: RunConfig) -> list[str]:
     if config.parallel.context > 1 and not config.trainer.pack_tokens:
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
         found.append(
-            f"parallel.context={config.parallel.context}: NeMo-RL splits packed rows alone; set trainer.pack_tokens to "
+            f"parallel.context={config.parallel.context}: NeMo-RL splits only packed rows; set trainer.pack_tokens to "
             f"{longest} or more"
         )
     if (algo.icepop_low is None) != (algo.icepop_high is None):

@@ -1,4 +1,5 @@
-"""NeMo-RL's policy on the driver: keeps the entropies of the log-prob pass, puts the clips' weights into the data."""
+"""NeMo-RL's policy on the driver, which keeps the entropies of the log-prob pass and adds the clips' weights to the
+data."""
 
 from typing import Any
 
@@ -6,12 +7,12 @@ from nemo_rl.models.policy.lm_policy import Policy
 
 from echorl_nemo.echo import boundary_ids
 from echorl_nemo.engines.nemo_rl.loss import WEIGHT, EchoClippedPGLossFn
-from echorl_nemo.engines.nemo_rl.seams import register_worker
 from echorl_nemo.engines.nemo_rl.step import EchoStep
+from echorl_nemo.engines.nemo_rl.upstream import register_worker
 
 
 class EchoPolicy(Policy):
-    """`Policy` with workers that return entropies; `step` is the run's, see `run.install`."""
+    """NeMo-RL's `Policy` with workers that return entropies. `step` is the record of the run's current step."""
 
     step: EchoStep
 
@@ -21,13 +22,14 @@ class EchoPolicy(Policy):
         super().__init__(*args, **{**kwargs, "worker_extension_cls_fqn": register_worker()})
 
     def get_logprobs(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's; the entropies stay here."""
+        """Upstream's `get_logprobs`. The entropies that the workers return are kept for `train`."""
         result = super().get_logprobs(data, *args, **kwargs)
-        self.step.saw_entropies(result["entropies"])
+        self.step.record_entropies(result["entropies"])
         return result
 
     def train(self, data: Any, loss_fn: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As upstream's, on data with `echo_weight`; the clips' statistics join the metrics under `echorl/`."""
+        """Upstream's `train` on data with `echo_weight`. The statistics of the clips are added to the metrics under
+        `echorl/`."""
         if not isinstance(loss_fn, EchoClippedPGLossFn) or not loss_fn.echorl_coef:
             return super().train(data, loss_fn, *args, **kwargs)
         size = kwargs.get("gbs") or self.cfg["train_global_batch_size"]

@@ -1,4 +1,4 @@
-"""NeMo-RL's GRPO training with EchoRL: its own script, configuration and overrides, with `loss_fn.echorl` beside them.
+"""Runs NeMo-RL's GRPO training with EchoRL: upstream's script, configuration and overrides, and `loss_fn.echorl`.
 
 python -m echorl_nemo.engines.nemo_rl.run --config CONFIG.yaml loss_fn.echorl.coef=0.001 grpo.max_num_steps=100
 """
@@ -9,34 +9,34 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from echorl_nemo.engines.nemo_rl import seams
+from echorl_nemo.engines.nemo_rl import upstream
 from echorl_nemo.engines.nemo_rl.config import echorl_config, problems
 from echorl_nemo.engines.nemo_rl.step import EchoStep
 from echorl_nemo.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check everything, then run the script. Returns an exit code."""
+    """Check the configuration, then run NeMo-RL's script. Returns an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a recipe of conf/nemo_rl, or your own with loss_fn.echorl")
     args, overrides = parser.parse_known_args(arguments)
     try:
         config = load(args.config, overrides)
-        script = seams.run_script()
-        if found := [*seams.missing(), *problems(config)]:
+        script = upstream.run_script()
+        if found := [*upstream.missing_names(), *problems(config)]:
             raise UserError("\n".join(found))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 1
     sys.argv = [str(script), "--config", args.config, *overrides]
-    with seams.installed(EchoStep(echorl_config(config["loss_fn"]))):
+    with upstream.installed(EchoStep(echorl_config(config["loss_fn"]))):
         runpy.run_path(str(script), run_name="__main__")
     return 0
 
 
 def load(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration as the script will see it."""
+    """The configuration at ``path`` with ``overrides``, as NeMo-RL's script composes it."""
     from nemo_rl.utils import config as upstream
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""What the driver knows of a training step: rewards, entropies, and the EchoClips that follow from them.
+"""Records rewards and entropies of a training step on NeMo-RL's driver, and computes the weights of the EchoClips.
 
 Shapes: N rollouts of a step, S positions.
 """
@@ -13,7 +13,8 @@ from echorl_nemo.echo import EchoRLConfig, segment_steps, select_clips
 
 
 class EchoStep:
-    """Filled in as a step passes through the trainer: rewards, entropies, then `weights`, which forgets both."""
+    """The record of one training step. The trainer fills in rewards and entropies; `weights` uses them and clears them
+    for the next step."""
 
     def __init__(self, config: EchoRLConfig) -> None:
         self.config = config
@@ -23,9 +24,9 @@ class EchoStep:
         self._finished: Tensor | None = None
         self._entropies: Tensor | None = None
 
-    def saw_rewards(self, prompt_ids: Tensor, rewards: Tensor, repeated_batch: Mapping[str, Any] | None) -> None:
-        """``prompt_ids`` [N] or [N, P], alike for the rollouts of a prompt; ``rewards`` [N]. The batch may hold
-        `unshaped_total_reward` [N] and `truncated` [N]."""
+    def record_rewards(self, prompt_ids: Tensor, rewards: Tensor, repeated_batch: Mapping[str, Any] | None) -> None:
+        """Record the rewards of a step: ``prompt_ids`` [N] or [N, P], equal for the rollouts of a prompt; ``rewards``
+        [N]. ``repeated_batch`` may hold `unshaped_total_reward` [N] and `truncated` [N]."""
         batch = repeated_batch if repeated_batch is not None else {}
         unshaped = batch.get("unshaped_total_reward")
         self._rewards = torch.as_tensor(rewards if unshaped is None else unshaped).float().cpu()
@@ -36,32 +37,32 @@ class EchoStep:
         if truncated is not None:
             self._finished = ~torch.as_tensor(truncated, dtype=torch.bool).cpu()
 
-    def saw_entropies(self, entropies: Tensor) -> None:
-        """[N, S] nats, aligned to the tokens that they produced."""
+    def record_entropies(self, entropies: Tensor) -> None:
+        """Record the entropies of a step, [N, S] nats, aligned to the tokens that the distributions produced."""
         self._entropies = entropies.cpu()
 
     def weights(
         self, data: Mapping[str, Any], global_batch_size: int, *, token_level: bool
     ) -> tuple[Tensor, dict[str, float]]:
-        """What each token counts in the clip loss, [N, S] float32, and the clips' statistics.
+        """The weight of each token in the clip loss, [N, S] float32, and the statistics of the clips.
 
-        ``data`` as the trainer has it: `input_ids`, `token_mask` [N, S] and `sample_mask` [N]. Within each stretch of
-        ``global_batch_size`` rollouts, an optimizer step, a clip token weighs (what the loss divides by) / Z: NeMo-RL
-        divides by the valid tokens of that step, or by its valid sequences if not ``token_level``.
+        ``data``: the trainer's batch with `input_ids`, `token_mask` [N, S] and `sample_mask` [N]. Each
+        ``global_batch_size`` rollouts are one optimizer step, for which NeMo-RL divides the loss by D: the valid tokens
+        if ``token_level``, otherwise the valid sequences. A clip token has the weight D / Z.
 
-        Raises RuntimeError if rewards or entropies of these rollouts were not seen.
+        Raises RuntimeError if rewards or entropies of these rollouts were not recorded.
         """
         rollouts = len(data["input_ids"])
         rewards, finished, group_ids = self._rewards, self._finished, self._group_ids
         entropies, self._rewards, self._entropies = self._entropies, None, None
         if rewards is None or finished is None or group_ids is None or len(rewards) != rollouts:
             raise RuntimeError(
-                f"EchoRL saw the rewards of {0 if rewards is None else len(rewards)} rollouts and is to train "
-                f"{rollouts}: this trainer does not estimate advantages from them; is it a GRPO trainer of NeMo-RL?"
+                f"EchoRL has the rewards of {0 if rewards is None else len(rewards)} rollouts and must train "
+                f"{rollouts}: this trainer does not estimate advantages from rewards; use NeMo-RL's GRPO trainer"
             )
         if entropies is None or len(entropies) != rollouts:
             raise RuntimeError(
-                f"EchoRL saw the entropies of {0 if entropies is None else len(entropies)} rollouts and is to train "
+                f"EchoRL has the entropies of {0 if entropies is None else len(entropies)} rollouts and must train "
                 f"{rollouts}: the log-prob pass was skipped or ran on other rollouts"
             )
         valid = data["token_mask"].cpu().bool() & (data["sample_mask"].cpu() > 0)[:, None]
@@ -82,7 +83,7 @@ class EchoStep:
         return weights, selection.stats
 
     def _count(self, clips: Tensor, valid: Tensor) -> float:
-        """Z of an optimizer step."""
+        """Z, the denominator of the clip loss, for an optimizer step."""
         match self.config.normalizer:
             case "clip_tokens":
                 return float(clips.sum())
@@ -93,5 +94,5 @@ class EchoStep:
 
 
 def _valid_tokens(data: Mapping[str, Any], part: slice) -> float:
-    """As NeMo-RL's workers count them: the first position has no log-prob."""
+    """The valid tokens of rows ``part``, counted like NeMo-RL's workers: the first position has no log-prob."""
     return float((data["token_mask"][part, 1:] * data["sample_mask"][part, None]).sum())

@@ -1,4 +1,4 @@
-"""The training worker: NeMo-RL's Megatron worker, whose log-prob pass returns entropies too."""
+"""The training worker: NeMo-RL's Megatron worker with a log-prob pass that also returns entropies."""
 
 from functools import partial
 from typing import Any
@@ -14,12 +14,12 @@ from echorl_nemo.engines.nemo_rl.entropy import EchoLogprobsPostProcessor
 
 
 class EchoMegatronPolicyWorkerImpl(upstream.MegatronPolicyWorkerImpl):
-    """Of one rank."""
+    """The worker of one rank, which returns entropies with the log-probs."""
 
     _reference = False
 
     def get_logprobs(self, **kwargs: Any) -> Any:
-        """As upstream's, with `entropies` [N, S] beside `logprobs`, from the same logits."""
+        """Upstream's `get_logprobs`. The result also has `entropies` [N, S], from the same logits."""
         if self._reference:
             return super().get_logprobs(**kwargs)
         collected: list[Tensor] = []
@@ -27,14 +27,15 @@ class EchoMegatronPolicyWorkerImpl(upstream.MegatronPolicyWorkerImpl):
         with mock.patch.object(upstream, "LogprobsPostProcessor", processor):
             result = super().get_logprobs(**kwargs)
         width = result["logprobs"].shape[1]
-        # on the last pipeline stage alone
+        # filled only on the last pipeline stage
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in collected]
         entropies = torch.cat(padded).to(_device()) if padded else None
         result["entropies"] = broadcast_tensors_from_last_stage({"entropies": entropies})["entropies"].cpu()
         return result
 
     def get_reference_policy_logprobs(self, **kwargs: Any) -> Any:
-        """As upstream's, which calls `get_logprobs` under the reference weights."""
+        """Upstream's `get_reference_policy_logprobs`, which calls `get_logprobs` with the reference weights. No
+        entropies are computed."""
         self._reference = True
         try:
             return super().get_reference_policy_logprobs(**kwargs)
@@ -48,4 +49,4 @@ def _device() -> torch.device:
 
 @ray.remote(runtime_env=upstream.get_runtime_env_for_policy_worker("megatron_policy_worker"))
 class EchoMegatronPolicyWorker(EchoMegatronPolicyWorkerImpl):
-    """What Ray starts, in the environment of upstream's worker."""
+    """The Ray actor of the worker, in the environment of upstream's worker."""

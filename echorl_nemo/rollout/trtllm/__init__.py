@@ -1,1 +1,1 @@
-"""Rollouts from TensorRT-LLM, with exact entropies that a probe in its GPU workers takes."""
+"""Rollouts from TensorRT-LLM, with exact entropies that a probe in its GPU workers computes."""

@@ -1,6 +1,6 @@
-"""The seams between TensorRT-LLM's versions: all that differs from one to another is detected here.
+"""The interface of TensorRT-LLM, with the differences between its versions.
 
-`contract.json` beside this file lists every name that is relied upon, with its source.
+`contract.json` beside this file lists every name that is used, with its source.
 """
 
 import dataclasses
@@ -14,36 +14,37 @@ from echorl_nemo.errors import UserError
 
 REFUSED: dict[str, str] = {
     "speculative_config": "with speculative decoding a step's logits are not those of one token each",
-    "pipeline_parallel_size": "with pipeline parallelism the logits are on one stage alone",
-    "enable_attention_dp": "with attention data parallelism each rank has logits of other requests",
+    "pipeline_parallel_size": "with pipeline parallelism only one stage has the logits",
+    "enable_attention_dp": "with attention data parallelism each rank has logits of different requests",
     "context_parallel_size": "with context parallelism positions count over ranks",
-    "max_beam_width": "beams share a request",
-    "orchestrator_type": "the probe is mixed into Ray workers",
-    "ray_worker_extension_cls": "the probe is there",
-    "guided_decoding_config": "guided decoding samples from other logits than the model's",
+    "max_beam_width": "several beams share a request",
+    "orchestrator_type": "the probe needs Ray workers",
+    "ray_worker_extension_cls": "the probe is this class",
+    "guided_decoding_config": "guided decoding changes the logits before sampling",
 }
 """Arguments of AsyncLLM under which entropies would be wrong or missing, with the reason."""
 
 
 @dataclass(frozen=True)
 class TrtllmApi:
-    """TensorRT-LLM as it is installed."""
+    """The classes and properties of the installed TensorRT-LLM."""
 
     version: str
     async_llm: Callable[..., Any]
     sampling_params: Callable[..., Any]
     sleep_config: Callable[..., Any] | None
-    """Since March 2026; before, AsyncLLM has `enable_sleep`."""
+    """The class SleepConfig, which exists since March 2026; None before, when AsyncLLM has `enable_sleep`."""
     memory_tags: tuple[str, ...]
-    """What `release` and `resume` take: everything that a worker holds."""
+    """Names of all kinds of a worker's memory, as `release` and `resume` take them."""
     failures: tuple[type[BaseException], ...]
-    """What is raised where the engine or a worker of its has died, or gives no answer."""
+    """Exceptions that are raised if the engine or one of its workers has died, or does not answer."""
     simple_logprobs: bool
-    """Whether the sampled token's log-prob comes as a number; before, as one of the top-K, or not."""
+    """Whether the sampled token's log-prob is returned as a number. In older versions it is one of the top-K, or
+    missing."""
 
 
 def load_api() -> TrtllmApi:
-    """Import TensorRT-LLM. Raises UserError where it is not installed."""
+    """Import TensorRT-LLM. Raises UserError if it is not installed."""
     try:
         import tensorrt_llm
         from ray.exceptions import RayError
@@ -62,7 +63,7 @@ def load_api() -> TrtllmApi:
         async_llm=tensorrt_llm.AsyncLLM,
         sampling_params=tensorrt_llm.SamplingParams,
         sleep_config=sleep_config,
-        # a name that begins with an underscore is TensorRT-LLM's own
+        # names that begin with an underscore are internal to TensorRT-LLM
         memory_tags=tuple(tag.value for tag in memory_type if not tag.value.startswith("_")),
         failures=(RuntimeError, OSError, RayError),  # TensorRT-LLM's RequestError is the first
         simple_logprobs="logprobs_simple_format" in _parameters(tensorrt_llm.SamplingParams),
@@ -70,7 +71,7 @@ def load_api() -> TrtllmApi:
 
 
 def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:
-    """What of a user's own AsyncLLM arguments cannot be."""
+    """Problems of the user's arguments of AsyncLLM, the value of the key ``field``."""
     return [
         f"{field}.{name}={extra[name]!r}: {reason}; leave it out"
         for name, reason in REFUSED.items()
@@ -79,7 +80,7 @@ def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:
 
 
 def _is_neutral(value: Any) -> bool:
-    """Absent, off, or a size of one."""
+    """Whether an argument is absent, off, or a size of one."""
     return value is None or value is False or (value == 1 and value is not True)
 
 
@@ -97,7 +98,7 @@ def llm_arguments(
     placement: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The arguments of AsyncLLM; ``extra`` comes last."""
+    """The arguments of AsyncLLM. ``extra`` overrides the others."""
     arguments: dict[str, Any] = {
         "model": model,
         "backend": "pytorch",
@@ -114,7 +115,7 @@ def llm_arguments(
     if colocated and api.sleep_config is not None:
         arguments["sleep_config"] = api.sleep_config()
     elif colocated:
-        # the sampler and all-reduce of that time that could be paused
+        # the sampler and all-reduce of those versions that can be paused
         arguments |= {"enable_sleep": True, "allreduce_strategy": "NCCL", "sampler_type": "TRTLLMSampler"}
     return {**arguments, **extra}
 
@@ -130,11 +131,12 @@ def sampling_arguments(
     seed: int,
     top_logprob: bool,
 ) -> dict[str, Any]:
-    """The arguments of SamplingParams for one rollout. ``top_logprob``: ask for the likeliest token's log-prob too."""
+    """The arguments of SamplingParams for one rollout. ``top_logprob``: whether to return the likeliest token's
+    log-prob too."""
     arguments: dict[str, Any] = {
         "n": 1,
         "temperature": temperature,
-        # with all of these unset TensorRT-LLM is greedy
+        # TensorRT-LLM samples greedily if none of these is set
         "top_p": top_p,
         "top_k": 1 if temperature == 0 else top_k,
         "max_tokens": max_tokens,

@@ -1,6 +1,6 @@
-"""Rollouts from TensorRT-LLM's AsyncLLM, with exact entropies by the probe.
+"""Rollout engine `trtllm`: TensorRT-LLM's AsyncLLM, with exact entropies from the probe.
 
-Every rank of the trainer calls every method; the main rank talks to TensorRT-LLM, the others wait for the rollouts.
+Every rank of the trainer must call each method; the main rank controls TensorRT-LLM, the others wait for the rollouts.
 
 Shapes: N rollouts, S positions (longest prompt and response).
 """
@@ -23,30 +23,31 @@ from echorl_nemo.rollout.engine import EngineError, Ranks, WeightSource
 from echorl_nemo.rollout.sampling import rollout_seed
 from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
 from echorl_nemo.rollout.trtllm.log import log_tail
-from echorl_nemo.rollout.trtllm.parts import Rollout, in_buckets, token_logprobs
-from echorl_nemo.rollout.trtllm.placement import placements, release
+from echorl_nemo.rollout.trtllm.placement import create_placements, release_placements
+from echorl_nemo.rollout.trtllm.transfer import Rollout, token_logprobs, weight_buckets
 
 T = TypeVar("T")
 
 CANARY_TOKENS = 8
 CANARY_TOLERANCE = 1e-3
-"""Nats by which the canary's entropies may differ from those of the logits that the engine returns."""
-MIXED = (
-    "the engine holds a mixture of old and new weights and must not generate; restart from the newest checkpoint "
-    "(trainer.resume=true)"
+"""Largest allowed difference between the probe's entropies and those of the returned logits in the test request,
+nats."""
+MIXED_WEIGHTS = (
+    "the engine holds a mixture of old and new weights and cannot generate; go on from the newest checkpoint with "
+    "trainer.resume=true"
 )
 TOP_LOGPROB_TOLERANCE = 0.05
-"""Nats by which a checked request's largest log-probs may differ from the engine's own, which its sampler rounds."""
+"""Largest allowed difference between the probe's largest log-probs and the engine's, which its sampler rounds, nats."""
 SHUTDOWN_SECONDS = 60
-"""That a failed engine has to end by itself, before its workers are killed with their place."""
+"""Time that a failed engine has to end, before Ray kills its workers with their placement group."""
 
 
 class GuardError(RuntimeError):
-    """Entropies of this engine cannot be trusted; another start would not help."""
+    """The entropies of this engine are wrong or missing; a restart would not help."""
 
 
 class TrtllmRolloutEngine:
-    """See `RolloutEngine`."""
+    """The `RolloutEngine` that generates with TensorRT-LLM."""
 
     def __init__(
         self,
@@ -58,10 +59,10 @@ class TrtllmRolloutEngine:
         vocab_size: int,
         longest_prompt: int,
     ) -> None:
-        """Starts the engine on the main rank. ``vocab_size``: entries that the policy's softmax has.
+        """Start the engine on the main rank. ``vocab_size``: size of the policy's softmax.
 
-        Raises UserError where TensorRT-LLM is not there, GuardError if entropies could not be trusted, EngineError
-        where the engine does not start.
+        Raises UserError if TensorRT-LLM is not installed, GuardError if its entropies are wrong, EngineError if it does
+        not start.
         """
         self.tokenizer, self.config, self.ranks, self.vocab_size = tokenizer, config, ranks, vocab_size
         self.temperature = config.temperature
@@ -70,11 +71,11 @@ class TrtllmRolloutEngine:
         self._places: list[Any] = []
         self._awake, self._mixed = True, False
         self._requests = 0
-        if ranks.main:
+        if ranks.is_main:
             self._loop = asyncio.new_event_loop()
             self._api = load_api()
         devices = self._ask(lambda api: self._start(api, model_path, longest_prompt))
-        self._devices = set(ranks.share_objects(devices or []))
+        self._devices = set(ranks.all_gather_objects(devices or []))
 
     # ---- what every rank calls
 
@@ -83,33 +84,34 @@ class TrtllmRolloutEngine:
     ) -> RolloutBatch:
         """See `RolloutEngine.generate`. The same seed gives the same rollouts on the same engine and layout."""
         if self._mixed:
-            raise RuntimeError(MIXED)
+            raise RuntimeError(MIXED_WEIGHTS)
         chosen = self.temperature if temperature is None else temperature
         rows = [(prompt, member) for prompt in prompts for member in range(group_size)]
         rollouts = self._ask(lambda _: self._roll_out(rows, seed, chosen))
         made = [self._batch(rows, rollouts, chosen)] if rollouts is not None else []
-        batch: RolloutBatch = self.ranks.share_objects(made)[0]
+        batch: RolloutBatch = self.ranks.all_gather_objects(made)[0]
         return batch
 
     def update_weights(self, policy: WeightSource) -> None:
-        """Send the policy's weights in buckets, GPU by GPU, as handles of memory that the trainer's ranks own.
+        """Transfer the policy's weights in buckets: each worker opens handles of memory on its GPU, which a rank of the
+        trainer owns.
 
-        After a failure the engine holds a mixture of old and new weights, and generates no more.
+        After a failure the engine holds a mixture of old and new weights, and refuses to generate.
         """
         self.wake()
         self._mixed, sent = True, 0
         try:
-            for bucket in in_buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
+            for bucket in weight_buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
                 self._send(bucket, policy.device_key)
                 sent += len(bucket)
             self._ask(lambda _: self._on_workers("echorl_refit_finish"))
             self._mixed = False
         finally:
-            if self._mixed and self.ranks.main:
+            if self._mixed and self.ranks.is_main:
                 logging.getLogger(__name__).error("the refit failed after %d weights", sent)
 
     def sleep(self) -> None:
-        """Release the GPU memory for training, where it is shared."""
+        """Free the GPU memory for training, if engine and trainer share the GPUs."""
         if self._awake and self.config.trtllm.colocated:
             self._ask(lambda api: self._on_replicas("release", list(api.memory_tags)))
         self._awake = not self.config.trtllm.colocated
@@ -117,37 +119,38 @@ class TrtllmRolloutEngine:
     def wake(self) -> None:
         """Take the GPU memory back."""
         if not self._awake:
-            if torch.cuda.is_available():  # what the trainer's allocator keeps of its last step
+            if torch.cuda.is_available():  # free what the trainer's allocator keeps of its last step
                 torch.cuda.empty_cache()
             self.ranks.barrier()
             self._ask(self._resume)
         self._awake = True
 
     def close(self) -> None:
-        """Shut the engine down. One that does not end by itself is killed with its place."""
+        """Shut the engine down. If it does not end in time, Ray kills its workers with their placement group."""
         for llm in self._replicas:
             ending = threading.Thread(target=llm.shutdown, daemon=True)
             ending.start()
             ending.join(SHUTDOWN_SECONDS)
         if self._places and self._api is not None:
             try:
-                release(self._places)
-            except self._api.failures as error:  # Ray itself is gone; what follows will say so
-                logging.getLogger(__name__).warning("the engine's place could not be given back: %s", error)
+                release_placements(self._places)
+            except self._api.failures as error:  # Ray itself has ended; the next call will report it
+                logging.getLogger(__name__).warning("the engine's placement groups could not be removed: %s", error)
         self._replicas, self._places = [], []
-        if self.ranks.main:
+        if self.ranks.is_main:
             self._loop.close()
 
     def waiting_tokens(self) -> int:
-        """Entropies that the workers keep for requests which nobody popped or discarded; 0 between generations."""
+        """Number of entropies that the workers hold for requests that were neither popped nor discarded; 0 between
+        generations."""
         return sum(self._run(self._on_workers("echorl_waiting")))
 
     # ---- the main rank's
 
     async def _start(self, api: TrtllmApi, model_path: str, longest_prompt: int) -> list[str]:
-        """Start replicas with probes; returns the workers' GPUs."""
+        """Start the replicas, install the probes, and return the workers' GPUs."""
         settings = self.config.trtllm
-        for placement in placements(settings.replicas, settings.tensor_parallel, colocated=settings.colocated):
+        for placement in create_placements(settings.replicas, settings.tensor_parallel, colocated=settings.colocated):
             self._places += placement["placement_groups"]
             arguments = llm_arguments(
                 api,
@@ -171,9 +174,9 @@ class TrtllmRolloutEngine:
         return devices
 
     async def install_probe(self) -> list[str]:
-        """Install the probe in every worker that has none; returns their GPUs.
+        """Install the probe in every worker that has none, and return their GPUs.
 
-        Raises GuardError for an engine that it cannot watch.
+        Raises GuardError if the engine decodes speculatively.
         """
         reports = await self._on_workers(
             "echorl_install", self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens
@@ -183,7 +186,7 @@ class TrtllmRolloutEngine:
         return [report["device"] for report in reports]
 
     async def _canary(self, llm: Any) -> None:
-        """A short request whose logits come back: the probe must have seen the same distributions."""
+        """Check the probe with a short request that returns its logits: both must give the same entropies."""
         assert self._api is not None
         arguments = sampling_arguments(
             self._api, temperature=self.temperature, top_p=1.0, top_k=0, max_tokens=CANARY_TOKENS,
@@ -198,13 +201,13 @@ class TrtllmRolloutEngine:
         gap = float((popped[output.request_id][:, 0].double() - expected).abs().max())
         if not gap <= CANARY_TOLERANCE:  # NaN too
             raise GuardError(
-                f"the canary's entropies differ from its logits' by {gap:.4f} nats (at most {CANARY_TOLERANCE}): the "
-                f"probe does not fit TensorRT-LLM {self._api.version}; use echorl.entropy_source=policy and report the "
-                "version"
+                f"the probe's entropies differ from those of the returned logits by {gap:.4f} nats (at most "
+                f"{CANARY_TOLERANCE}): the probe does not fit TensorRT-LLM {self._api.version}; use "
+                "echorl.entropy_source=policy and report the version"
             )
 
     def exact_entropies(self, result: Any) -> Tensor:
-        """[tokens] nats in float64, from the logits that came back with a request's output."""
+        """The entropy of each token, [tokens] float64 nats, from the logits that a request returned."""
         logits = torch.as_tensor(result.generation_logits).reshape(len(result.token_ids), -1)
         logs = (logits[:, : self.vocab_size].double() / self.temperature).log_softmax(dim=-1)
         return -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
@@ -216,7 +219,7 @@ class TrtllmRolloutEngine:
         ]
         try:
             answers = await asyncio.gather(*tasks)
-        except BaseException:  # the others are aborted, and what the probe kept for all goes
+        except BaseException:  # abort the other requests, and discard what the probe holds for all of them
             for task in tasks:
                 task.cancel()
             for answer in await asyncio.gather(*tasks, return_exceptions=True):
@@ -274,8 +277,8 @@ class TrtllmRolloutEngine:
             if not gap <= TOP_LOGPROB_TOLERANCE:  # NaN too
                 raise GuardError(
                     f"request {output.request_id}: the probe's largest log-probs differ from the engine's by {gap:.3f} "
-                    f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens; entropies cannot be "
-                    "trusted"
+                    f"nats (at most {TOP_LOGPROB_TOLERANCE}): its rows belong to other tokens, so that its entropies "
+                    "are wrong; use echorl.entropy_source=policy and report the TensorRT-LLM version"
                 )
         return Rollout(tokens, logprobs, statistics, result.finish_reason == "stop", top)
 
@@ -310,29 +313,29 @@ class TrtllmRolloutEngine:
         )
 
     async def _pop(self, llm: Any, requests: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
-        """The statistics of finished requests; every worker of the replica closes them."""
+        """The statistics of finished requests, which every worker of the replica then drops."""
         answers = await llm.collective_rpc("echorl_pop", args=(requests,))
         return {request: torch.tensor(values).view(-1, 2) for request, values in answers[0].items()}
 
     def _send(self, bucket: Sequence[tuple[str, Tensor]], device_key: str) -> None:
-        """Let every worker take over a bucket; the ranks keep its memory until all have."""
+        """Let every worker load a bucket. The ranks keep its memory until all workers have."""
         handles = []
         if device_key in self._devices:  # memory whose handle nobody opens is never freed
             handles = [(device_key, [(name, reduce_tensor(tensor)) for name, tensor in bucket])]
-        by_device = dict(self.ranks.share_objects(handles))
+        by_device = dict(self.ranks.all_gather_objects(handles))
         self._ask(lambda _: self._refit(by_device, len(bucket)))
 
     async def _refit(self, by_device: dict[str, Any], count: int) -> None:
         counts = await self._on_workers("echorl_refit", by_device)
         if any(taken != count for taken in counts):
-            raise RuntimeError(f"refit: workers took over {counts} of a bucket's {count} weights")
+            raise RuntimeError(f"refit: workers loaded {counts} of a bucket's {count} weights")
 
     async def _resume(self, api: TrtllmApi) -> None:
         await self._on_replicas("resume", list(api.memory_tags))
         await self._on_workers("echorl_forget_prefixes")
 
     async def _on_workers(self, method: str, *args: Any) -> list[Any]:
-        """The answers of every worker of every replica."""
+        """Call a method of every worker of every replica, and return all answers."""
         answers = await asyncio.gather(*(llm.collective_rpc(method, args=args) for llm in self._replicas))
         return [answer for part in answers for answer in part]
 
@@ -340,8 +343,8 @@ class TrtllmRolloutEngine:
         await asyncio.gather(*(getattr(llm, method)(*args) for llm in self._replicas))
 
     def _ask(self, work: Callable[[TrtllmApi], Coroutine[Any, Any, T]]) -> T | None:
-        """What ``work`` gives on the main rank, which alone does it; None on the others. Every rank learns that the
-        engine failed."""
+        """Run ``work`` on the main rank and return its result; None on other ranks. Raises EngineError on every rank if
+        the engine fails."""
         result, failures = None, []
         if self._api is not None:
             try:
@@ -350,7 +353,7 @@ class TrtllmRolloutEngine:
                 raise
             except self._api.failures as error:
                 failures = [EngineError(f"{type(error).__name__}: {error}", log_tail())]
-        for failure in self.ranks.share_objects(failures):
+        for failure in self.ranks.all_gather_objects(failures):
             raise failure
         return result
 
@@ -358,7 +361,8 @@ class TrtllmRolloutEngine:
         return self._loop.run_until_complete(self._in_time(work))
 
     async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
-        """Not `asyncio.wait_for`, which would wait for an engine that hangs to take note of the cancellation."""
+        """Run ``work`` with the time limit. `asyncio.wait_for` would wait until a hanging engine handles the
+        cancellation."""
         task = asyncio.ensure_future(work)
         minutes = self.config.trtllm.timeout_minutes
         done, _ = await asyncio.wait([task], timeout=60 * minutes)

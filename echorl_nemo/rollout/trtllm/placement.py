@@ -1,4 +1,4 @@
-"""Where Ray puts TensorRT-LLM's workers."""
+"""Creates the placement groups in which Ray starts TensorRT-LLM's workers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from echorl_nemo.errors import UserError
 
 COLOCATED_SHARE = 0.5
-"""Of a GPU in Ray's books, so that a trainer's rank, which Ray does not know, may use it too."""
+"""Share of a GPU that a worker reserves in Ray. The trainer's rank, which Ray does not know, uses the same GPU."""
 PLACEMENT_SECONDS = 120
-"""After which a group that no node of the cluster has room for is an error."""
+"""Time limit for Ray to create a placement group."""
 
 
-def placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[dict[str, Any]]:
-    """For each replica the AsyncLLM arguments that place it: one placement group of a bundle for each of its GPUs, on
-    one node, since weights travel by handles of GPU memory.
+def create_placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[dict[str, Any]]:
+    """Create a placement group for each replica, and return the AsyncLLM arguments that use it. A group has one bundle
+    for each GPU, all on one node, since weights are transferred through GPU memory.
 
-    Joins the Ray cluster that RAY_ADDRESS names, else starts one on this node. Raises UserError if it has too few GPUs.
+    Joins the Ray cluster that RAY_ADDRESS names, or starts one on this node. Raises UserError if it has too few GPUs.
     """
     import ray
     from ray.util.placement_group import placement_group
@@ -25,8 +25,9 @@ def placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if replicas * tensor_parallel > gpus:
         raise UserError(
-            f"rollout.trtllm.replicas={replicas} x tensor_parallel={tensor_parallel} need {replicas * tensor_parallel} "
-            f"GPUs; Ray has {gpus}: lower them, or let the main rank's process see all GPUs of its node"
+            f"rollout.trtllm.replicas={replicas} x tensor_parallel={tensor_parallel}: they need "
+            f"{replicas * tensor_parallel} GPUs, Ray has {gpus}; lower them, or let the main rank's process see all "
+            "GPUs of its node"
         )
     made = []
     for _ in range(replicas):
@@ -42,8 +43,8 @@ def placements(replicas: int, tensor_parallel: int, *, colocated: bool) -> list[
     return made
 
 
-def release(groups: Sequence[Any]) -> None:
-    """Give placement groups back; Ray kills what still runs in them."""
+def release_placements(groups: Sequence[Any]) -> None:
+    """Remove placement groups. Ray kills the processes that still run in them."""
     from ray.util.placement_group import remove_placement_group
 
     for group in groups:

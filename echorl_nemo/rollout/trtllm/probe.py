@@ -1,13 +1,14 @@
-"""The probe: exact entropies from the logits that TensorRT-LLM samples from, kept by request and position.
+"""The probe: computes exact entropies from the logits that TensorRT-LLM samples from, and keeps them by request and
+position.
 
-It wraps `forward` of PyExecutor's model engine. What that returns under "logits" are the whole vocabulary's logits
-before temperature and sampler, outside any CUDA graph: one row for each context request, then one for each generation
-request, then padding. A row is kept under the position of the token that it produces, not in the order of arrival: the
-overlap scheduler runs one step too many for a finished request, and a paused request is prefilled again, so that a
-position may be computed twice; the later row is the one that was sampled from.
+It wraps `forward` of PyExecutor's model engine. The result's "logits" are those of the whole vocabulary, before
+temperature and sampler, outside any CUDA graph: one row for each context request, then one for each generation request,
+then padding. A row is kept under the position of the token that it produces, not in the order of arrival: the overlap
+scheduler runs one step too many for a finished request, and a paused request is prefilled again, so that a position may
+be computed twice. The later row is the one that was sampled from.
 
-O(1) launches and one asynchronous copy of 8 bytes a row for each step of the engine. Imports torch and `ops` alone: it
-runs in the engine's GPU workers.
+Each step of the engine takes O(1) launches and one asynchronous copy of 8 bytes a row. The module runs in the engine's
+GPU workers, so that it imports only torch and `ops`.
 """
 
 from collections import deque
@@ -21,34 +22,34 @@ from torch import Tensor
 from echorl_nemo.ops import entropy_and_max_logprob
 
 CLOSED = 1 << 16
-"""Requests remembered as popped or discarded: rows that come for them later are dropped."""
+"""Number of popped or discarded requests that are remembered. Rows that come for them later are dropped."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What one step of the engine left; the copy to the host may still be on its way."""
+    """The rows of one step of the engine. Their copy to the host may not be complete yet."""
 
     rows: Tensor
-    """[R] int64: of `statistics`; chosen on the host, where it waits for nothing."""
+    """[R] int64: indices into `statistics`. They are applied on the host, so that the device is not waited for."""
     requests: Tensor
-    """[R] int64, client ids."""
+    """[R] int64: client ids of the requests."""
     positions: Tensor
-    """[R] int64: of the produced tokens, counted from the prompt's first."""
+    """[R] int64: positions of the produced tokens, counted from the prompt's first."""
     statistics: Tensor
     """[rows of the step, 2] float32: entropy and largest log-prob, nats."""
     ready: Any
-    """A CUDA event, or None."""
+    """The CUDA event after which the copy is complete; None on the CPU."""
 
 
 class EntropyProbe:
-    """Statistics of every token that a model engine produces, until they are popped."""
+    """Keeps entropy and largest log-prob of every token that a model engine produces, until they are popped."""
 
     def __init__(self, model_engine: Any, *, vocab_size: int, temperature: float, max_rows: int) -> None:
-        """Wraps ``model_engine.forward``. ``max_rows``: tokens that may wait to be popped, 24 bytes each."""
+        """Wrap ``model_engine.forward``. ``max_rows``: most tokens that may wait to be popped, 24 bytes each."""
         self.vocab_size, self.temperature, self.max_rows = vocab_size, temperature, max_rows
         self.failure = ""
-        """Why the entropies cannot be trusted; told by the next `pop`. An error raised inside the engine's loop would
-        take the engine down without a word of its cause."""
+        """Reason why the entropies are wrong, which the next `pop` raises. An error raised inside the engine's loop
+        would end the engine without its cause."""
         self._steps: deque[_Step] = deque()
         self._rows = 0
         self._closed: set[int] = set()
@@ -58,15 +59,15 @@ class EntropyProbe:
         model_engine.forward = self._watched_forward
 
     def remove(self) -> None:
-        """Take the probe off again; what waits is lost."""
+        """Remove the probe. Entropies that were not popped are lost."""
         self._model_engine.forward = self._forward
         self._steps.clear()
 
     def pop(self, requests: Mapping[int, tuple[int, int]]) -> dict[int, Tensor]:
-        """By client id, [tokens, 2] float32 nats: entropy and largest log-prob of each response token.
+        """The entropy and largest log-prob of each response token, [tokens, 2] float32 nats, by client id.
 
-        ``requests``: client id to (prompt tokens, response tokens). They are closed: what comes for them later is
-        dropped. Raises RuntimeError if a token has no row, or `failure`.
+        ``requests``: numbers of prompt and response tokens by client id. Rows that come for these requests later are
+        dropped. Raises RuntimeError with `failure`, or if a token has no row.
         """
         if self.failure:
             raise RuntimeError(self.failure)
@@ -94,7 +95,7 @@ class EntropyProbe:
         return popped
 
     def discard(self, requests: Iterable[int]) -> None:
-        """Close requests that nobody will pop, such as aborted ones."""
+        """Drop the rows of requests that will not be popped, such as aborted ones."""
         for request in requests:
             self._closed.add(request)
             self._closed_order.append(request)
@@ -102,12 +103,12 @@ class EntropyProbe:
             self._closed.discard(self._closed_order.popleft())
 
     def prune(self) -> int:
-        """Drop the rows of closed requests; returns how many rows wait then."""
+        """Drop the rows of popped and discarded requests, and return the number of rows that are left."""
         self._keep(None, *self._collect())
         return self._rows
 
     def _watched_forward(self, scheduled_requests: Any, *args: Any, **kwargs: Any) -> Any:
-        # before the call: it moves the requests on
+        # before the call, which changes the requests' state
         places = _places(scheduled_requests, _new_tensors(args, kwargs))
         outputs = self._forward(scheduled_requests, *args, **kwargs)
         if not self.failure:
@@ -115,9 +116,9 @@ class EntropyProbe:
         return outputs
 
     def _record(self, places: list[tuple[int, int | None, int]], outputs: Any) -> str:
-        """Keep a step's rows; returns what is wrong with it, if anything."""
+        """Keep the rows of a step. Returns a problem; empty if there is none."""
         if not isinstance(outputs, dict) or "logits" not in outputs:
-            return "model_engine.forward returns no logits: this TensorRT-LLM is not known, see contract.json"
+            return "model_engine.forward returns no logits: this version of TensorRT-LLM is not supported"
         logits = outputs["logits"]
         if not places:
             return ""
@@ -128,9 +129,9 @@ class EntropyProbe:
             )
         rows = max(row for row, _, _ in places) + 1
         if len(logits) < rows:
-            return f"the engine's logits have {len(logits)} rows for {rows} requests: its layout is not known"
+            return f"the engine's logits have {len(logits)} rows for {rows} requests: this layout is not supported"
         if any(client is None for _, client, _ in places):
-            return "the engine's requests have no client id: entropies cannot be told apart"
+            return "the engine's requests have no client id: entropies cannot be distinguished"
         statistics = entropy_and_max_logprob(logits[:rows], temperature=self.temperature, vocab_size=self.vocab_size)
         host, ready = _to_host(statistics)
         index = torch.tensor([row for row, _, _ in places])
@@ -146,7 +147,7 @@ class EntropyProbe:
         return ""
 
     def _collect(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Every row that waits, in the order of the steps."""
+        """Client ids, positions and statistics of all rows, in the order of the steps."""
         for step in self._steps:
             if step.ready is not None:
                 step.ready.synchronize()
@@ -168,7 +169,7 @@ class EntropyProbe:
 
 
 def _places(scheduled_requests: Any, new_tensors: Any) -> list[tuple[int, int | None, int]]:
-    """(row of the logits, client id, position of the token that it produces) of each request that produces one.
+    """(row of the logits, client id, position of the produced token) for each request that produces a token.
 
     A chunk of a prompt that is not its last has a row too, and produces nothing. With the overlap scheduler the token
     before may still be on the device (`py_batch_idx` is set and the call brings new tensors): the request then counts
@@ -191,12 +192,13 @@ def _places(scheduled_requests: Any, new_tensors: Any) -> list[tuple[int, int | 
 
 
 def _new_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """forward(scheduled_requests, resource_manager, new_tensors_device=None, ...)."""
+    """The argument `new_tensors_device` of forward(scheduled_requests, resource_manager, new_tensors_device=None,
+    ...)."""
     return args[1] if len(args) > 1 else kwargs.get("new_tensors_device")
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """A copy in host memory, and the event after which it is there."""
+    """A copy in host memory, and the CUDA event after which it is complete."""
     if values.device.type != "cuda":
         return values, None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -1,7 +1,7 @@
-"""What is mixed into TensorRT-LLM's GPU workers (`ray_worker_extension_cls`): the probe, and taking over weights.
+"""Methods that are added to TensorRT-LLM's GPU workers (`ray_worker_extension_cls`): the probe, and loading weights.
 
-The mixed class has `self.engine` (PyExecutor) and `self.device_id`; TensorRT-LLM refuses names that it has itself, so
-ours begin with `echorl_`. Imports torch and our torch-only modules alone.
+The combined class has `self.engine` (PyExecutor) and `self.device_id`. TensorRT-LLM refuses names that its worker has,
+so that ours begin with `echorl_`. The module imports only torch and our modules that do the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +13,11 @@ from torch import Tensor
 from echorl_nemo.rollout.trtllm.probe import EntropyProbe
 
 CUDA_DEVICE_ARGUMENT = 6
-"""Where torch's rebuild_cuda_tensor takes the device (torch.multiprocessing.reductions)."""
+"""Index of the device among the arguments of torch's rebuild_cuda_tensor (torch.multiprocessing.reductions)."""
 
 
 class EchoWorkerExtension:
-    """Called by name through AsyncLLM.collective_rpc, on every worker."""
+    """Methods that AsyncLLM.collective_rpc calls by name on every worker."""
 
     engine: Any
     device_id: int
@@ -25,7 +25,8 @@ class EchoWorkerExtension:
     _echorl_refitting: bool = False
 
     def echorl_install(self, vocab_size: int, temperature: float, max_rows: int) -> dict[str, Any]:
-        """Install the probe, once; returns what the driver's guards look at."""
+        """Install the probe if there is none, and return what the trainer checks: the GPU, and whether decoding is
+        speculative."""
         model_engine = self.engine.model_engine
         if self._echorl_probe is None:
             self._echorl_probe = EntropyProbe(
@@ -34,12 +35,12 @@ class EchoWorkerExtension:
         return {"device": self.echorl_device(), "spec_decode": getattr(model_engine, "is_spec_decode", False)}
 
     def echorl_remove(self) -> None:
-        """Take the probe off, to measure what it costs."""
+        """Remove the probe, to measure what it costs."""
         self._probe.remove()
         self._echorl_probe = None
 
     def echorl_device(self) -> str:
-        """The worker's GPU by its UUID, which is the same in every process; `cpu` without one."""
+        """The UUID of the worker's GPU, which is the same in every process; `cpu` without a GPU."""
         if not torch.cuda.is_available():
             return "cpu"
         return str(torch.cuda.get_device_properties(self.device_id).uuid)
@@ -53,14 +54,15 @@ class EchoWorkerExtension:
         self._probe.discard(requests)
 
     def echorl_waiting(self) -> int:
-        """Tokens that wait to be popped, less those of closed requests."""
+        """Number of tokens that wait to be popped."""
         return self._probe.prune()
 
     def echorl_refit(self, handles: Mapping[str, Sequence[tuple[str, tuple[Any, tuple[Any, ...]]]]]) -> int:
-        """Take over a bucket of weights under their Hugging Face names; returns how many.
+        """Load a bucket of weights by their Hugging Face names, and return their number.
 
-        ``handles``: by GPU, (name, handle); a handle is what torch.multiprocessing.reductions.reduce_tensor gave in the
-        process that owns the memory. Raises KeyError if there are none for this GPU.
+        ``handles``: pairs (name, handle) by GPU; a handle is the result of
+        torch.multiprocessing.reductions.reduce_tensor in the process that owns the memory. Raises KeyError if there are
+        none for this GPU.
         """
         device = self.echorl_device()
         if device not in handles:
@@ -80,7 +82,7 @@ class EchoWorkerExtension:
         return count
 
     def echorl_refit_finish(self) -> None:
-        """After the last bucket: finish the weights and forget what was computed with the old ones."""
+        """Finish loading after the last bucket, and clear the cache of prefixes, which the old weights filled."""
         model = self.engine.model_engine.model
         with self.engine.control_action():
             _call_hooks(model, "process_weights_after_loading")
@@ -89,7 +91,7 @@ class EchoWorkerExtension:
             self._echorl_refitting = False
 
     def echorl_forget_prefixes(self) -> None:
-        """After memory was released: the cache's blocks are back, what they held is not."""
+        """Clear the cache of prefixes after its memory was freed: its blocks are back without their content."""
         with self.engine.control_action():
             self.engine.reset_prefix_cache()
 
@@ -100,7 +102,7 @@ class EchoWorkerExtension:
         return self._echorl_probe
 
     def _rebuild(self, function: Any, arguments: tuple[Any, ...]) -> Tensor:
-        if torch.cuda.is_available():  # the same GPU may have another number in the trainer's process
+        if torch.cuda.is_available():  # the GPU may have another number in the trainer's process
             arguments = (
                 *arguments[:CUDA_DEVICE_ARGUMENT], self.device_id, *arguments[CUDA_DEVICE_ARGUMENT + 1 :]
             )  # fmt: skip
@@ -109,7 +111,8 @@ class EchoWorkerExtension:
 
 
 def _call_hooks(model: Any, name: str) -> None:
-    """As TensorRT-LLM's own WorkerExtension.update_weights does (llmapi/rlhf_utils.py)."""
+    """Call the method ``name`` of all modules that have it, like TensorRT-LLM's WorkerExtension.update_weights
+    (llmapi/rlhf_utils.py)."""
     for module in model.modules():
         if hasattr(module, name) and not getattr(module, "_weights_removed", False):
             getattr(module, name)()

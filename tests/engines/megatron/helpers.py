@@ -10,17 +10,17 @@ from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.echo import segment_steps
 from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.platform import detect_platform
-from echorl_nemo.engines.megatron.run import quiet_libraries
+from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.resilience.stop import StopSignals
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 
-quiet_libraries()
+silence_library_warnings()
 PLATFORM = detect_platform("cpu")
 
 from echorl_nemo.engines.megatron.trainer import Trainer  # noqa: E402
-from echorl_nemo.engines.megatron.worker import build_trainer, form_groups, run_rank  # noqa: E402
+from echorl_nemo.engines.megatron.worker import build_trainer, initialize_parallel, run_rank  # noqa: E402
 
 LAYOUTS = {
     "TP1": [],
@@ -57,8 +57,8 @@ def tiny_config(*overrides: str) -> RunConfig:
 def trainer_of(config: RunConfig) -> Trainer:
     """On a rank: the trainer of ``config``."""
     config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
-    watch = Watch(None, torch.distributed.get_rank(), limit_seconds=0)
-    return build_trainer(config, check(config), PLATFORM, form_groups(config, PLATFORM), watch)
+    watchdog = Watchdog(None, torch.distributed.get_rank(), limit_seconds=0)
+    return build_trainer(config, check(config), PLATFORM, initialize_parallel(config, PLATFORM), watchdog)
 
 
 def run_to_end(config: RunConfig, signals: StopSignals | None = None) -> int:

@@ -38,7 +38,7 @@ def problems(*overrides: str) -> str:
             ["trainer.pack_tokens=40"],
             "trainer.pack_tokens=40: a rollout may have 73 tokens, the longest prompt's 13 and",
         ),
-        (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file"),
+        (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: there is no such file"),
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit, drop the line, or set"),
         (
             ["data.reward=judge"],
@@ -52,9 +52,9 @@ def test_each_problem_has_its_message(overrides: list[str], message: str) -> Non
     assert message in problems(*overrides)
 
 
-def test_all_problems_are_told_at_once() -> None:
-    told = problems("parallel.tensor=3", "parallel.pipeline=5", "rollout.group_size=1", "data.train=nowhere.jsonl")
-    assert len(told.splitlines()) == 6  # group, heads, key-value heads, vocabulary, layers, file
+def test_all_problems_are_reported_at_once() -> None:
+    printed = problems("parallel.tensor=3", "parallel.pipeline=5", "rollout.group_size=1", "data.train=nowhere.jsonl")
+    assert len(printed.splitlines()) == 6  # group, heads, key-value heads, vocabulary, layers, file
 
 
 def test_a_vocabulary_without_the_boundary(tiny_chain: Path, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) 
         world_size(config)
 
 
-def test_trackers_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = tiny_config("logger.wandb_project=mine", "rollout.engine=trtllm")
-    told = "\n".join(package_problems(config))
-    assert "logger.wandb_project=mine: the package wandb is not installed; install it, or use null" in told
-    assert "rollout.engine=trtllm: the package tensorrt_llm is not installed" in told
+    printed = "\n".join(package_problems(config))
+    assert "logger.wandb_project=mine: the package wandb is not installed; install it, or use null" in printed
+    assert "rollout.engine=trtllm: the package tensorrt_llm is not installed" in printed

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from echorl_nemo.engines.megatron import scorer as scoring
 from echorl_nemo.engines.megatron.model import build_model
-from echorl_nemo.engines.megatron.worker import form_groups
+from echorl_nemo.engines.megatron.worker import initialize_parallel
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, prepared_batch, tiny_config, trainer_of
@@ -47,7 +47,7 @@ def test_micro_batches_are_as_wide_as_their_own_longest_rollout(ranks: Ranks, la
 
 def _without_training(config: RunConfig) -> tuple[bool, bool]:
     config.parallel.data = 1
-    model = build_model(config.model, config.parallel, form_groups(config, PLATFORM), PLATFORM, train=False)
+    model = build_model(config.model, config.parallel, initialize_parallel(config, PLATFORM), PLATFORM, train=False)
     weights = list(model.module.parameters())
     return isinstance(model.ddp, DistributedDataParallel), any(hasattr(weight, "main_grad") for weight in weights)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from benchmarks.chaos import metrics_of
 from echorl_nemo.engines.megatron import worker
-from echorl_nemo.engines.megatron.trainer import Step, Trainer
+from echorl_nemo.engines.megatron.trainer import StepResult, Trainer
 from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
@@ -73,16 +73,16 @@ def _lose_a_file(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_truncate, "bytes, not"), (_flip_a_bit, "its checksum is another"), (_lose_a_file, "is missing")],
+    [(_truncate, "bytes, not"), (_flip_a_bit, "its checksum differs"), (_lose_a_file, "is missing")],
 )
-def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
     ranks: Ranks, tmp_path: Path, straight: Path, capfd: Any, damage: Callable[[Path], None], message: str
 ) -> None:
     _interrupted(ranks, tmp_path)
     damage(tmp_path / "checkpoints" / "step-000004")
     ranks(2, run, run_config(tmp_path, *LAYOUTS["TP2"], SAVE, RESUME))
-    told = capfd.readouterr().err
-    assert "step-000004 is damaged" in told and message in told and "step-000003 is taken" in told
+    printed = capfd.readouterr().err
+    assert "step-000004 is damaged" in printed and message in printed and "step-000003 is taken" in printed
     assert_the_same_run(tmp_path, straight)
     assert [path.name.split(".")[1][:7] for path in (tmp_path / "checkpoints").glob("step-000004.*")] == ["damaged"]
 
@@ -110,7 +110,7 @@ def _run_on_a_small_disk(config: RunConfig, limit: int) -> tuple[int, str]:
     """No file may grow beyond ``limit`` bytes, as on a disk that is full."""
     step, seen = Trainer.step, 0
 
-    def watched(trainer: Trainer) -> Step:
+    def watched(trainer: Trainer) -> StepResult:
         nonlocal seen
         seen += 1
         if seen == 3:
@@ -163,7 +163,7 @@ def test_a_full_disk(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def _preempted(config: RunConfig, rank: int, step: int) -> int:
-    """A signal that one rank alone gets, in the middle of a step."""
+    """A signal that only one rank gets, in the middle of a step."""
     estimate, seen = Trainer.estimate_advantages, 0
 
     def watched(trainer: Trainer, batch: Any) -> None:
@@ -183,8 +183,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
 ) -> None:
     overrides = [*LAYOUTS["TP2"], "trainer.save_every=4", f"checkpoint.asynchronous={asynchronous}"]
     assert ranks(2, _preempted, run_config(tmp_path, *overrides), 1, 2) == [EXIT_REQUEUE] * 2
-    told = f"stopped after step 3: SIGUSR1; saved, exit code {EXIT_REQUEUE}"
-    assert told in capfd.readouterr().out and (tmp_path / "requeue").read_text() == f"{told}\n"
+    printed = f"stopped after step 3: SIGUSR1; saved, exit code {EXIT_REQUEUE}"
+    assert printed in capfd.readouterr().out and (tmp_path / "requeue").read_text() == f"{printed}\n"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
     assert json.loads((tmp_path / "heartbeat.json").read_text())["phase"] == "stopped"
     assert ranks(2, run, run_config(tmp_path, *overrides, RESUME)) == [0, 0]
@@ -230,7 +230,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(ranks: Ranks, tm
 def _slow_once(config: RunConfig) -> int:
     step, seen = Trainer.step, 0
 
-    def slow(trainer: Trainer) -> Step:
+    def slow(trainer: Trainer) -> StepResult:
         nonlocal seen
         seen += 1
         if seen == 2:
@@ -262,7 +262,7 @@ def _with_data_of_its_own(config: RunConfig, folder: Path) -> tuple[int, str]:
     return told_by(config)
 
 
-def test_ranks_with_other_data_are_told_apart(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_with_other_data_are_reported_apart(ranks: Ranks, tmp_path: Path) -> None:
     lines = Path(tiny_config().data.train).read_text().splitlines(keepends=True)
     for rank in range(2):
         (tmp_path / f"rank-{rank}.jsonl").write_text("".join(lines[rank:]))
@@ -270,7 +270,7 @@ def test_ranks_with_other_data_are_told_apart(ranks: Ranks, tmp_path: Path) -> N
         assert code == -1 and f"reads {len(lines)} prompts" in message and f"{len(lines) - 1} prompts" in message
 
 
-def test_a_data_file_that_shrank_is_told(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_data_file_that_shrank_is_reported(ranks: Ranks, tmp_path: Path) -> None:
     lines = Path(tiny_config().data.train).read_text().splitlines(keepends=True)
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(lines))
@@ -310,7 +310,7 @@ def test_verifier_timeouts_are_counted_by_problem(ranks: Ranks, tmp_path: Path) 
 def _stand_in_the_folder(config: RunConfig, ready: str) -> int:
     step = Trainer.step
 
-    def waiting(trainer: Trainer) -> Step:
+    def waiting(trainer: Trainer) -> StepResult:
         if dist.get_rank() == 0:
             Path(ready).touch()
             while Path(ready).exists():

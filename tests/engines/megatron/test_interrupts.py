@@ -101,7 +101,7 @@ def test_the_second_ctrl_c_ends_at_once(in_repository: Path, tmp_path: Path) -> 
 def test_ctrl_c_before_the_ranks_writes_nothing(
     in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the run is checked, here while a verifier of one's own is imported."""
+    """While the run is checked, here while a verifier of your own is imported."""
     run, mark = tmp_path / "run", tmp_path / "mark"
     (tmp_path / "slow_import.py").write_text(
         f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(600)\n"

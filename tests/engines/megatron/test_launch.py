@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from echorl_nemo.engines.megatron.launch import launch, outer_world
+from echorl_nemo.engines.megatron.launch import external_world_size, launch
 from echorl_nemo.errors import UserError
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, SIGNALS, StopSignals
 from tests.engines.megatron.helpers import PLATFORM
@@ -42,7 +42,7 @@ def test_a_rank_that_dies_ends_the_others(capfd: pytest.CaptureFixture[str]) -> 
     assert re.fullmatch(r"error: rank 1 \(process \d+\) ended with signal 9\n", capfd.readouterr().err)
 
 
-def test_a_user_error_on_a_rank_is_told_without_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_on_a_rank_is_reported_without_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
     def rank(_: ExitStack) -> int:
         if dist.get_rank() == 0:
             raise UserError("trainer.x=1 is wrong; use 2")
@@ -58,15 +58,15 @@ def test_torchrun_and_srun_are_recognised(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "16")  # the batch script of a job of 16 tasks
-    assert outer_world() is None
+    assert external_world_size() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert outer_world() == 16
+    assert external_world_size() == 16
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert outer_world() == 4
+    assert external_world_size() == 4
 
 
-def test_srun_without_an_address_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_without_an_address_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")

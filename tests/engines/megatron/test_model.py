@@ -116,7 +116,7 @@ def test_a_mixture_of_experts_in_miniature(ranks: Callable[..., list[Any]], tiny
 def test_what_a_mixture_needs_transformer_engine_for(tiny_chain: Path, tmp_path: Path) -> None:
     make_model("qwen3-30b-a3b", tmp_path / "model", tiny_chain / "model")
     config = tiny_config(f"model.path={tmp_path / 'model'}", "parallel.data=2", "parallel.expert=2")
-    told = platform_problems(config, PLATFORM)
-    assert told[0].startswith("parallel.expert=2: without Transformer Engine each rank would load the first rank's")
-    assert told[1].startswith("trainer.export=true: without Transformer Engine the experts cannot be written")
+    printed = platform_problems(config, PLATFORM)
+    assert printed[0].startswith("parallel.expert=2: without Transformer Engine each rank would load the first rank's")
+    assert printed[1].startswith("trainer.export=true: without Transformer Engine the experts cannot be written")
     assert platform_problems(tiny_config(), PLATFORM) == []

@@ -60,22 +60,22 @@ def test_in_every_layout(ranks: Ranks, tmp_path: Path, name: str, layout: str) -
 
 def _checked(path: Path, fault: str, limit: float, overrides: list[str]) -> str:
     """On a rank: what the check says of a model with a planted fault."""
-    set_on_provider = built.set_on_provider  # type: ignore[attr-defined]
+    apply_to_provider = built.apply_to_provider  # type: ignore[attr-defined]
 
     def without_windows(provider: Any, settings: Any) -> None:
-        set_on_provider(provider, settings)
+        apply_to_provider(provider, settings)
         provider.window_size = None
 
     def without_scale(provider: Any, settings: Any) -> None:
-        set_on_provider(provider, settings)
+        apply_to_provider(provider, settings)
         provider.softmax_scale = None
 
     if fault == "frequencies":
-        built.set_frequencies = lambda module, settings: None  # type: ignore[attr-defined]
+        built.set_inverse_frequencies = lambda module, settings: None  # type: ignore[attr-defined]
     elif fault == "window":
-        built.set_on_provider = without_windows  # type: ignore[attr-defined]
+        built.apply_to_provider = without_windows  # type: ignore[attr-defined]
     elif fault == "scale":
-        built.set_on_provider = without_scale  # type: ignore[attr-defined]
+        built.apply_to_provider = without_scale  # type: ignore[attr-defined]
     trainer = trainer_of(tiny_config(f"model.path={path}", "data.eval=null", "model.verify=off", *overrides))
     if fault == "weights":
         with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_check_passes_in_every_layout(ranks: Ranks, tmp_path: Path, layout: 
 def _checked_by_forward_alone(path: Path, limit: float) -> str:
     from echorl_nemo.engines.megatron import model_check
 
-    model_check.setting_faults = lambda module, settings: []
+    model_check.settings_faults = lambda module, settings: []
     return _checked(path, "frequencies", limit, [])
 
 

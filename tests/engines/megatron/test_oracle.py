@@ -223,14 +223,14 @@ def test_a_truncated_rollout_is_not_right(ranks: Ranks) -> None:
 
 
 def test_nor_in_an_evaluation_by_itself() -> None:
-    from echorl_nemo.engines.megatron.evaluate import right_rollouts
+    from echorl_nemo.engines.megatron.evaluate import correct_rollouts
 
     rollouts = _rollouts(0)
     for rollout in rollouts:
         rollout.old = torch.zeros(len(rollout.response))
     batch = _as_batch(rollouts)
     batch.rewards = torch.tensor([reward for group in GROUPS for reward in group])
-    assert right_rollouts(batch).tolist() == [
+    assert correct_rollouts(batch).tolist() == [
         reward >= 1.0 and not (group == 3 and member == 0)
         for group, rewards in enumerate(GROUPS)
         for member, reward in enumerate(rewards)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from echorl_nemo.engines.megatron.checkpoint import Checkpoints
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.report.logger import read_lines
-from echorl_nemo.resilience.checkpoints import CheckpointFolder, sum_files
+from echorl_nemo.resilience.checkpoints import CheckpointFolder, checksum_files
 from echorl_nemo.resilience.pickles import checkpoint_classes_only
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, run_to_end, trainer_of
@@ -106,8 +106,8 @@ def test_a_checkpoint_without_its_manifest_is_set_aside(
     config = run_config(folder, *START, RESUME)
     config.trainer.steps = 3
     assert ranks(1, told_by, config) == [(0, "")]
-    told = capfd.readouterr().err
-    assert "step-000002 is damaged: it has no manifest.json" in told and "step-000001 is taken" in told
+    printed = capfd.readouterr().err
+    assert "step-000002 is damaged: it has no manifest.json" in printed and "step-000001 is taken" in printed
     names = {path.name.split("-")[1][:14] for path in (folder / "checkpoints").iterdir()}
     assert "000002.damaged" in names and "000003" in names
 
@@ -130,7 +130,7 @@ def _with_a_pickle_that_runs_code(two_steps: Path, folder: Path, mark: Path) -> 
     import json
 
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"] |= sum_files(checkpoint, [".metadata"])
+    manifest["files"] |= checksum_files(checkpoint, [".metadata"])
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return checkpoint
 
@@ -196,11 +196,11 @@ def test_a_path_to_another_name_is_refused(tmp_path: Path, module: str, name: st
 
 
 def _hanging_peer(config: RunConfig) -> str:
-    """On a rank: what a collective that times out during a save is told as."""
+    """On a rank: what a collective that times out during a save is reported as."""
     trainer = trainer_of(config)
     checkpoints = Checkpoints(Path(config.trainer.run_dir), config.checkpoint, trainer.parallel)
     try:
-        with checkpoints._explained():
+        with checkpoints._explain_write_errors():
             raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv")
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"

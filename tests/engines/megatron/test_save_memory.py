@@ -43,7 +43,7 @@ def _memory() -> int:
 def _save(config: RunConfig) -> tuple[int, int]:
     """On a rank: its parameters, and by how many bytes a save raised the memory at its peak."""
     trainer = trainer_of(config)
-    trainer.policy.fill_optimizer_state()
+    trainer.policy.initialize_optimizer_state()
     checkpoints = Checkpoints(Path(config.trainer.run_dir), config.checkpoint, trainer.parallel)
     before, peak, ended = _memory(), [0], threading.Event()
 

@@ -20,7 +20,7 @@ SAVE = "trainer.save_every=1"
 
 
 def _poison_gradients(policy: MegatronPolicy, bad_rank: int, calls: Callable[[int], bool]) -> None:
-    """A NaN in the gradients of ``bad_rank`` alone, before they are reduced, in the optimizer steps that ``calls``
+    """A NaN in the gradients of only ``bad_rank``, before they are reduced, in the optimizer steps that ``calls``
     says."""
     finalize, count = policy.model.config.finalize_model_grads_func, 0
 
@@ -71,8 +71,8 @@ def test_a_broken_optimizer_step_is_refused_on_every_rank(ranks: Ranks, layout: 
     config = tiny_config("echorl=off", *LAYOUTS[layout])
     expected = ranks(2, _sound, config)
     for (refused, metrics, stayed, later), sound in zip(ranks(2, _refused, config, what), expected, strict=True):
-        told = "the loss is nan" if what == "advantage" else "the gradient norm is nan"
-        assert refused == [f"optimizer step 1 of 1: {told}"]
+        printed = "the loss is nan" if what == "advantage" else "the gradient norm is nan"
+        assert refused == [f"optimizer step 1 of 1: {printed}"]
         assert metrics == {"optimizer_steps": 0.0} and stayed
         assert later == sound  # nothing of it is left in the gradients or in Adam
 
@@ -108,10 +108,10 @@ def test_a_skipped_step_is_counted_and_its_batch_kept(ranks: Ranks, tmp_path: Pa
     kept = torch.load(tmp_path / "skipped" / "step-000003.pt", weights_only=False)
     assert "optimizer step 1 of 2: the gradient norm is nan" in kept["reason"]
     assert kept["batch"]["tokens"].shape[0] == 16
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     assert (
-        "step 3/6 SKIPPED" in told
-        and "warning: step 3 was not finite, 1 in a row, and not learnt from: optimizer step 1 of 2" in told
+        "step 3/6 SKIPPED" in printed
+        and "warning: step 3 was not finite, 1 in a row, and not learnt from: optimizer step 1 of 2" in printed
     )
 
 

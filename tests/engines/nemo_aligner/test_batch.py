@@ -26,7 +26,7 @@ class Letters:
 def test_replicas_get_different_rollouts() -> None:
     values = {"tokens": torch.arange(8).view(4, 2), "rewards": torch.arange(4.0)}
     upstream = [ReinforceRolloutBatch(values).chunk(rank, 2, seed=0)["rewards"].tolist() for rank in range(2)]
-    assert upstream == [[0, 1, 2, 3]] * 2  # the defect: when this fails, upstream has mended it
+    assert upstream == [[0, 1, 2, 3]] * 2  # the defect: when this fails, upstream has corrected it
     ours = [GRPORolloutBatch(values).chunk(rank, 2) for rank in range(2)]
     assert [part["rewards"].tolist() for part in ours] == [[0, 1], [2, 3]]
     assert [part["tokens"].tolist() for part in ours] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
@@ -54,7 +54,7 @@ def test_prompts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prompts.jsonl:1: the prompt has 2 tokens; .* leaves 1"):
         PromptDataset(str(path), Letters(), longest=1, field="data.train")
     path.write_text('{"question": "?"}\n')
-    with pytest.raises(UserError, match=r"prompts.jsonl:1: prompt=None is no text; the row has question"):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: prompt=None is not a text; the row has question"):
         PromptDataset(str(path), Letters(), longest=1, field="data.train")
 
 

@@ -1,4 +1,4 @@
-"""NeMo-Aligner's configurations parse, and what is not known or not possible is told; needs no NeMo."""
+"""NeMo-Aligner's configurations parse, and what is not known or not possible is named; needs no NeMo."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, algorithm, batch_problems, section
+from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, batch_problems, method_config, parse_section
 from echorl_nemo.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "conf" / "nemo_aligner"
@@ -30,9 +30,9 @@ def load(name: str, *overrides: str) -> DictConfig:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_parses_and_its_sizes_divide(name: str) -> None:
     config = load(name)
-    algo, echorl = algorithm(config.model)
+    algo, echorl = method_config(config.model)
     assert algo.constant_length == config.model.grpo.length_params.max_length and echorl.enabled
-    section(config.verifier, VerifierConfig, "verifier")
+    parse_section(config.verifier, VerifierConfig, "verifier")
     world = config.trainer.devices * config.trainer.num_nodes
     model_parallel = config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
     assert batch_problems(config.trainer.grpo, config.model, world // model_parallel) == []
@@ -52,23 +52,23 @@ def test_every_optimizer_parses(name: str) -> None:
         ("+model.grpo.algo.clip_hihg=0.3", "model.grpo.algo.clip_hihg: no such key; did you mean clip_high?"),
         ("+model.grpo.algo.tis_cap=2.0", "model.grpo.algo.tis_cap=2.0: NeMo-Aligner's rollouts come without log-probs"),
         ("+model.grpo.algo.dynamic_sampling=true", "dynamic_sampling=true: a step asks its prompts once here"),
-        ("+model.echorl.entropy_source=rollout", "TensorRT-LLM returns tokens alone; use policy"),
+        ("+model.echorl.entropy_source=rollout", "TensorRT-LLM returns only tokens; use policy"),
     ],
 )
-def test_what_cannot_be_is_told(override: str, message: str) -> None:
+def test_what_cannot_be_is_reported(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        algorithm(load("tiny_chain", override).model)
+        method_config(load("tiny_chain", override).model)
     assert message in str(caught.value)
 
 
 def test_verifier_settings() -> None:
     with pytest.raises(UserError, match="verifier: verifier.timeout=0.0 must lie in"):
-        section({"timeout": 0.0}, VerifierConfig, "verifier")
+        parse_section({"timeout": 0.0}, VerifierConfig, "verifier")
     with pytest.raises(UserError, match="verifier.extra: with verifier.name=null the remote reward model"):
-        section({"name": None, "extra": {"choice": 0.1}}, VerifierConfig, "verifier")
+        parse_section({"name": None, "extra": {"choice": 0.1}}, VerifierConfig, "verifier")
 
 
-def test_all_sizes_that_do_not_divide_are_told() -> None:
+def test_all_sizes_that_do_not_divide_are_reported() -> None:
     config = load("tiny_chain", "model.global_batch_size=48", "trainer.grpo.num_rollouts_per_prompt=1")
     problems = batch_problems(config.trainer.grpo, config.model, data_parallel=3)
     assert len(problems) == 5

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.nemo_aligner.config import algorithm, batch_problems
+from echorl_nemo.engines.nemo_aligner.config import batch_problems, method_config
 from echorl_nemo.engines.nemo_aligner.overrides import overrides
 from echorl_nemo.schema import RunConfig
 from tests.engines.nemo_aligner.test_config import load
@@ -22,7 +22,7 @@ def test_every_setting_arrives() -> None:
         eos=["<|eot_id|>", "a 'quoted' {token}, \\n"],
     )  # fmt: skip
     ours = load("echo_grpo_actor", *settings)
-    algo, echorl = algorithm(ours.model)
+    algo, echorl = method_config(ours.model)
     assert (echorl.coef, list(echorl.boundary), algo.clip_high) == (0.25, [198, 271], 0.28)
     assert (ours.trainer.num_nodes, ours.trainer.devices, ours.trainer.precision) == (8, 8, "bf16")
     assert ours.data == {"train": "/run/t=1.jsonl", "validation": "/run/e.jsonl"}

@@ -83,7 +83,7 @@ def _refused(config: DictConfig) -> str:
     return str(caught.value)
 
 
-def test_sizes_that_do_not_divide_are_told_at_once(
+def test_sizes_that_do_not_divide_are_reported_at_once(
     ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(tiny_nemo, tmp_path, "model.global_batch_size=12", "model.grpo.forward_micro_batch_size=5")
@@ -92,7 +92,7 @@ def test_sizes_that_do_not_divide_are_told_at_once(
     assert "model.grpo.forward_micro_batch_size=5 does not divide the 32 rollouts of a replica" in message
 
 
-def test_too_few_prompts_are_told_at_once(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path) -> None:
+def test_too_few_prompts_are_reported_at_once(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_nemo, tmp_path, "model.grpo.num_val_samples=260")
     (message,) = ranks(1, _refused, config)
     assert message == "data.validation: 256 prompts are fewer than model.grpo.num_val_samples=260; lower it"

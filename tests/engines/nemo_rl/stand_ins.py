@@ -59,7 +59,7 @@ class Policy:
 
 
 class LogprobsPostProcessor:
-    """nemo_rl.models.megatron.train; its log-probs are no matter here."""
+    """nemo_rl.models.megatron.train; its log-probs do not matter here."""
 
     def __init__(self, cfg: Any, sampling_params: Any = None) -> None:
         self.cfg = cfg

@@ -40,15 +40,15 @@ def test_a_good_configuration_passes() -> None:
         ("loss_fn.echorl.coeff", 1.0, "loss_fn.echorl.coeff: no such key; did you mean coef?"),
         ("loss_fn.echorl.span", "suffix", "loss_fn.echorl.span='suffix' is not known; use one of prefix"),
         ("loss_fn.echorl.coef", "much", "loss_fn.echorl.coef=much must lie in"),
-        ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the log-prob pass"),
+        ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the scoring pass"),
         ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
         ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),
         ("policy.megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true: there are no logits"),
         ("data_plane.enabled", True, "data_plane.enabled=true: that trainer does not pass the batch"),
         ("grpo.use_dynamic_sampling", True, "grpo.use_dynamic_sampling=true: it drops the all-correct groups"),
-        ("loss_fn.force_on_policy_ratio", True, "loss_fn.force_on_policy_ratio=true skips the log-prob pass"),
+        ("loss_fn.force_on_policy_ratio", True, "loss_fn.force_on_policy_ratio=true: it skips the log-prob pass"),
         ("grpo.reward_scaling.enabled", True, "grpo.reward_scaling.enabled=true: success is decided on the reward"),
-        ("grpo.adv_estimator.name", "opd", "grpo.adv_estimator.name=opd distils from a teacher"),
+        ("grpo.adv_estimator.name", "opd", "grpo.adv_estimator.name=opd: it distils from a teacher"),
     ],
 )
 def test_every_guard_fires(key: str, value: Any, message: str) -> None:

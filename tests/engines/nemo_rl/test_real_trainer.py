@@ -21,7 +21,6 @@ import ray
 from nemo_rl.algorithms import grpo
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
-from echorl_nemo.engines.nemo_rl import seams
 from echorl_nemo.engines.nemo_rl.loss import EchoClippedPGLossFn
 from tests.engines.nemo_rl.helpers import Bigram, loss_config, rollouts, toy_policy
 
@@ -101,7 +100,7 @@ def one_step(reward: float, coef: float) -> tuple[float, dict[str, Any]]:
     names = ("run_multi_turn_rollout", "run_async_multi_turn_rollout")
     made = batch, {"mean_gen_tokens_per_sample": 10.0, "max_gen_tokens": 13, "min_gen_tokens": 3}
     with mock.patch.multiple(grpo, **{name: mock.MagicMock(return_value=made) for name in names}):
-        watched = seams.watched(grpo._create_advantage_estimator, toy.step)
+        watched = upstream.recording_rewards(grpo._create_advantage_estimator, toy.step)
         with mock.patch.object(grpo, "_create_advantage_estimator", watched):
             grpo.grpo_train(
                 policy, upstream._mock_policy_generation(), loader, parts["val_dataloader"], parts["tokenizer"],

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from echorl_nemo.echo import EchoRLConfig
-from echorl_nemo.engines.nemo_rl import run, seams
+from echorl_nemo.engines.nemo_rl import run, upstream
 from echorl_nemo.engines.nemo_rl.step import EchoStep
 from echorl_nemo.errors import UserError
 from tests.engines.nemo_rl.conftest import REAL
@@ -54,10 +54,10 @@ print(json.dumps({"grad": float(results["grad_norm"]), "clips": results["all_mb_
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a script, and the files that the seams are looked for in."""
+    """A checkout with a script, and the files that the upstream are looked for in."""
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "run_grpo.py").write_text(SCRIPT)
-    for file, texts in seams.WORKER_FILES.items():
+    for file, texts in upstream.WORKER_FILES.items():
         (tmp_path / "nemo_rl" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "nemo_rl" / file).write_text("\n".join(texts))
     monkeypatch.setenv("NEMO_RL_HOME", str(tmp_path))
@@ -76,9 +76,9 @@ def test_an_all_correct_step_learns(home: Path, capsys: pytest.CaptureFixture[st
     path = config_file(home)
     assert run.main(["--config", path, "loss_fn.echorl.coef=0.1"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["grad"] > 0 and result["clips"] == [8.0] and result["worker"] == seams.WORKER
+    assert result["grad"] > 0 and result["clips"] == [8.0] and result["worker"] == upstream.WORKER
     registry = sys.modules["nemo_rl.distributed.ray_actor_environment_registry"].ACTOR_ENVIRONMENT_REGISTRY
-    assert registry[seams.WORKER] == f"/venvs/{seams.UPSTREAM_WORKER}/bin/python"
+    assert registry[upstream.WORKER] == f"/venvs/{upstream.UPSTREAM_WORKER}/bin/python"
     assert run.main(["--config", path, "loss_fn.echorl.enabled=false"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["grad"] == 0 and result["clips"] is None
@@ -87,35 +87,38 @@ def test_an_all_correct_step_learns(home: Path, capsys: pytest.CaptureFixture[st
 def test_nothing_of_ours_stays(home: Path) -> None:
     grpo = sys.modules["nemo_rl.algorithms.grpo"]
     before = grpo.Policy, grpo.ClippedPGLossFn
-    with seams.installed(EchoStep(EchoRLConfig())):
+    with upstream.installed(EchoStep(EchoRLConfig())):
         assert grpo.Policy is not before[0] and grpo.ClippedPGLossFn is not before[1]
     assert (grpo.Policy, grpo.ClippedPGLossFn) == before
 
 
-def test_problems_are_told_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_are_reported_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(home)
     assert run.main(["--config", path, "grpo.use_dynamic_sampling=true", "policy.megatron_cfg.enabled=false"]) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all(line.startswith("error: ") for line in told)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2 and all(line.startswith("error: ") for line in printed)
 
 
 def test_a_nemo_rl_without_the_seams(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "nemo_rl" / "models/megatron/train.py").write_text("class Something")
     assert run.main(["--config", config_file(home)]) == 1
-    told = capsys.readouterr().err
-    assert "this NeMo-RL has no models/megatron/train.py: class LogprobsPostProcessor: EchoRL is known to fit" in told
+    printed = capsys.readouterr().err
+    assert (
+        "this NeMo-RL has no models/megatron/train.py: class LogprobsPostProcessor; use v0.6.0, v0.7.0 or main"
+        in printed
+    )
 
 
 def test_without_the_script(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "examples" / "run_grpo.py").unlink()
     with pytest.raises(UserError, match="examples/run_grpo.py is in none of .* set NEMO_RL_HOME"):
-        seams.run_script()
+        upstream.run_script()
 
 
 def test_estimators_are_watched() -> None:
     step = EchoStep(EchoRLConfig())
     create = sys.modules["nemo_rl.algorithms.grpo"]._create_advantage_estimator
-    estimator = seams.watched(create, step)({})
+    estimator = upstream.recording_rewards(create, step)({})
     rewards = torch.tensor([1.0, 0.0])
     ids = torch.tensor([[3, 4], [3, 4]])
     advantages = estimator.compute_advantage(prompt_ids=ids, rewards=rewards, mask=torch.ones(2, 3))

@@ -26,7 +26,7 @@ def train(
     policy = toy_policy(EchoRLConfig(**echorl), model, global_batch_size)
     loss_fn = EchoClippedPGLossFn(loss_config(REAL, echorl=echorl, **loss))
     data["prev_logprobs"] = policy.get_logprobs(data)["logprobs"]
-    policy.step.saw_rewards(batch["prompt_ids"], batch["total_reward"], batch)
+    policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
     groups = batch["total_reward"].view(len(rewards), -1)
     advantages = (groups - groups.mean(dim=1, keepdim=True)).flatten()
     data["advantages"] = advantages[:, None].expand(data["input_ids"].shape).double()
@@ -65,7 +65,7 @@ def test_the_clip_loss_is_the_mean_over_the_clip_tokens_of_the_optimizer_step(
     assert len(gradients) == 12 // global_batch_size
     for number, (ours, theirs) in enumerate(zip(gradients, plain, strict=True)):
         rows = slice(number * global_batch_size, (number + 1) * global_batch_size)
-        if rows.start >= 8:  # failures alone: no clips
+        if rows.start >= 8:  # only failures: no clips
             assert torch.equal(ours, theirs)
             continue
         torch.testing.assert_close(ours - theirs, 0.3 * expected_clip_gradient(REWARDS, rows), rtol=1e-5, atol=1e-7)
@@ -104,7 +104,7 @@ def test_masked_and_truncated_rollouts_give_no_clip() -> None:
     policy.get_logprobs(data)
     data["sample_mask"][1] = 0.0
     batch["truncated"][2] = True
-    policy.step.saw_rewards(batch["prompt_ids"], batch["total_reward"], batch)
+    policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
     weights, statistics = policy.step.weights(data, 4, token_level=True)
     assert statistics["clips"] == 2 and (weights > 0).any(dim=1).tolist() == [True, False, False, True]
 
@@ -114,17 +114,17 @@ def test_success_is_decided_on_the_reward_before_shaping() -> None:
     batch["unshaped_total_reward"] = torch.tensor([1.0, 1.0, 0.0, 1.0])
     policy = toy_policy(EchoRLConfig(), Bigram(), 4)
     policy.get_logprobs(data)
-    policy.step.saw_rewards(batch["prompt_ids"], batch["total_reward"], batch)
+    policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
     assert policy.step.weights(data, 4, token_level=True)[1]["clips"] == 3
 
 
-def test_what_was_not_seen_is_told() -> None:
+def test_what_was_not_seen_is_reported() -> None:
     data, batch = rollouts([[1.0] * 4])
     policy = toy_policy(EchoRLConfig(), Bigram(), 4)
-    with pytest.raises(RuntimeError, match="saw the rewards of 0 rollouts and is to train 4"):
+    with pytest.raises(RuntimeError, match="has the rewards of 0 rollouts and must train 4"):
         policy.step.weights(data, 4, token_level=True)
-    policy.step.saw_rewards(batch["prompt_ids"], batch["total_reward"], batch)
-    with pytest.raises(RuntimeError, match="saw the entropies of 0 rollouts and is to train 4"):
+    policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
+    with pytest.raises(RuntimeError, match="has the entropies of 0 rollouts and must train 4"):
         policy.step.weights(data, 4, token_level=True)
     loss_fn = EchoClippedPGLossFn(loss_config(REAL, echorl={"coef": 0.1}))
     data |= {name: torch.zeros(4, 16) for name in ("advantages", "prev_logprobs")}

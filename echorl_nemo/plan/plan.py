@@ -1,4 +1,4 @@
-"""The plan of a run: its problems, its layout and parameters, estimates of memory, time and network volume."""
+"""The plan of a run: problems, layout and parameters, estimates of memory, time and network volume."""
 
 import sys
 from dataclasses import dataclass, field
@@ -11,33 +11,34 @@ from echorl_nemo.engines.megatron.layout import known_config, layout_problems
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.plan import problems as find
-from echorl_nemo.plan.estimate import Item, Memory, memory, network_gigabytes, step_seconds
+from echorl_nemo.plan.estimate import Estimate, Memory, memory, network_gigabytes, step_seconds
 from echorl_nemo.plan.parameters import StageParameters, stage_parameters, total_parameters
 from echorl_nemo.schema import RunConfig
 
 COUNTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Architectures whose sizes the formulas know."""
+"""Architectures for which the formulas are right."""
 
 
 @dataclass
 class Plan:
-    """What is known about a run. Estimates are empty where the layout does not divide the model."""
+    """Everything that is known about a run before it starts. Estimates are empty if the layout does not divide the
+    model."""
 
     config: RunConfig
     model_type: str = "unknown model"
-    """Architecture, by transformers' name."""
+    """Architecture, under transformers' name."""
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     parameters: int | None = None
-    """Of the whole model."""
+    """Parameters of the whole model; None if they are not counted."""
     stages: list[StageParameters] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
-    seconds: list[Item] = field(default_factory=list)
-    """Of each phase of a step."""
-    network: list[Item] = field(default_factory=list)
+    seconds: list[Estimate] = field(default_factory=list)
+    """Seconds of each phase of a step."""
+    network: list[Estimate] = field(default_factory=list)
     """GB that a GPU sends in a step."""
     inputs: Inputs | None = None
-    """What the run reads; None where it was not looked for, or cannot be read."""
+    """Tokenizer and prompts of the run; None if they were not looked for, or cannot be read."""
 
     @property
     def ok(self) -> bool:
@@ -46,10 +47,10 @@ class Plan:
 
 
 def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = True) -> Plan:
-    """Find everything that can be known. Settles `parallel` in ``config``.
+    """Check a run and estimate what it takes. Resolves the open sizes of `parallel` in ``config``.
 
     ``elsewhere``: the run is for another machine, so that files, folders and packages are not looked for. ``packages``:
-    whether this environment is that of the ranks.
+    whether the ranks run in this environment, so that its packages are looked for.
     """
     plan = Plan(config)
     plan.problems += find.settle(config)
@@ -58,7 +59,7 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = Tr
     try:
         hf_config = known_config(config.model)
     except UserError as error:
-        # where files are looked for, that one is among them
+        # otherwise the check of files reports it
         plan.problems += [str(error)] if elsewhere or config.model.architecture else []
     if hf_config is not None:
         plan.model_type = hf_config.model_type
@@ -76,7 +77,7 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = Tr
 
 
 def _count(plan: Plan, hf_config: PretrainedConfig) -> None:
-    """Parameters and estimates, where the layout divides the model."""
+    """Fill in parameters and estimates, if the layout divides the model."""
     config = plan.config
     if hf_config.model_type not in COUNTED:
         plan.warnings.append(
@@ -96,7 +97,7 @@ def _count(plan: Plan, hf_config: PretrainedConfig) -> None:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for scripts; sizes in GiB, seconds and GB."""
+    """The plan as a dictionary for scripts, in GiB, seconds and GB."""
     layout, cluster = plan.config.parallel, plan.config.cluster
     return {
         "ok": plan.ok,
@@ -118,12 +119,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _plain(items: list[Item]) -> list[dict[str, Any]]:
+def _plain(items: list[Estimate]) -> list[dict[str, Any]]:
     return [vars(item) for item in items]
 
 
 def print_problems(plan: Plan) -> None:
-    """Every problem and warning, one a line, on stderr."""
+    """Print every problem and warning to standard error, one a line."""
     for problem in plan.problems:
         print(f"error: {problem}", file=sys.stderr)
     for warning in plan.warnings:

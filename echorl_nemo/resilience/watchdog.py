@@ -1,4 +1,4 @@
-"""What a person looks at when a run stands still: a heartbeat file, and the stacks of every rank."""
+"""The watchdog of a rank: a heartbeat file that names the current phase, and stacks of steps that take too long."""
 
 import contextlib
 import faulthandler
@@ -17,40 +17,40 @@ HEARTBEAT_FILE = "heartbeat.json"
 STACKS_FOLDER = "stacks"
 
 
-class Watch:
-    """Of one rank. Beats at every phase of a step; a step that takes too long has its stacks written down, by a thread
-    of faulthandler's that needs no interpreter."""
+class Watchdog:
+    """Writes a heartbeat file at every phase of a step. If a step takes too long, faulthandler writes the rank's stacks
+    to a file, from a thread that needs no interpreter."""
 
     def __init__(self, folder: Path | None, rank: int, *, limit_seconds: float) -> None:
-        """``folder``: of the run; None writes nothing. ``limit_seconds`` of a step; 0 is off."""
+        """``folder``: the run folder; None writes nothing. ``limit_seconds``: time limit of a step; 0 is off."""
         self.folder, self.rank, self.limit = folder, rank, limit_seconds
         self._stacks: IO[str] | None = None
         self._step = -1
-        self._teller: threading.Timer | None = None
+        self._message_timer: threading.Timer | None = None
         if folder is not None and limit_seconds:
             path = folder / STACKS_FOLDER / f"rank-{rank:04d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = path.open("a", encoding="utf-8")
 
-    def step(self, step: int) -> None:
-        """A step begins: its time starts."""
+    def start_step(self, step: int) -> None:
+        """Start to measure the time of ``step``."""
         self._step = step
         self._disarm()
         if self._stacks is not None:
             faulthandler.dump_traceback_later(self.limit, file=self._stacks)
             if self.rank == 0:
-                self._teller = threading.Timer(self.limit, self._tell)
-                self._teller.daemon = True
-                self._teller.start()
+                self._message_timer = threading.Timer(self.limit, self._print_slow_step)
+                self._message_timer.daemon = True
+                self._message_timer.start()
 
-    def rest(self) -> None:
-        """No step is timed until the next begins."""
+    def disarm(self) -> None:
+        """Stop to measure the time until the next step starts."""
         self._disarm()
 
-    def beat(self, phase: str) -> None:
-        """A phase begins. The main rank says so in `run_dir`/heartbeat.json."""
+    def heartbeat(self, phase: str) -> None:
+        """Note the beginning of a phase. The main rank writes it to `run_dir`/heartbeat.json."""
         if self.folder is not None and self.rank == 0:
-            beat = {
+            heartbeat = {
                 "step": self._step,
                 "phase": phase,
                 "time": time.time(),
@@ -60,15 +60,15 @@ class Watch:
             }
             partial = self.folder / f"{HEARTBEAT_FILE}.new"
             try:
-                partial.write_text(json.dumps(beat) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps(heartbeat) + "\n", encoding="utf-8")
                 partial.replace(self.folder / HEARTBEAT_FILE)
             except OSError as error:
                 if is_full(error):
                     raise
-                logging.getLogger(__name__).warning("no heartbeat: %s", error)  # no reason to end a run
+                logging.getLogger(__name__).warning("the heartbeat file cannot be written: %s", error)
 
     def close(self) -> None:
-        """Stop watching; a file that nothing was written to goes."""
+        """End the watchdog, and remove the file of stacks if it is empty."""
         self._disarm()
         if self._stacks is not None:
             path = Path(self._stacks.name)
@@ -76,19 +76,19 @@ class Watch:
             self._stacks = None
             if path.stat().st_size == 0:
                 path.unlink()
-                with contextlib.suppress(OSError):  # other ranks' are still there
+                with contextlib.suppress(OSError):  # the folder holds files of other ranks
                     path.parent.rmdir()
 
     def _disarm(self) -> None:
         if self._stacks is not None:
             faulthandler.cancel_dump_traceback_later()
-        if self._teller is not None:
-            self._teller.cancel()
-            self._teller = None
+        if self._message_timer is not None:
+            self._message_timer.cancel()
+            self._message_timer = None
 
-    def _tell(self) -> None:
+    def _print_slow_step(self) -> None:
         print(
             f"step {self._step + 1} takes longer than {self.limit / 60:g} minutes "
-            "(resilience.step_limit_minutes): every rank writes where it is to the run folder's stacks/",
+            "(resilience.step_limit_minutes): every rank writes its stacks to stacks/ in the run folder",
             flush=True,
         )

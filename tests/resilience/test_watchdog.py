@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from echorl_nemo.resilience.watch import Watch
+from echorl_nemo.resilience.watchdog import Watchdog
 
 
 def _stand_still(stacks: Path, capfd: pytest.CaptureFixture[str]) -> str:
@@ -19,12 +19,12 @@ def _stand_still(stacks: Path, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_long_step_leaves_its_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    watches = [Watch(tmp_path, rank, limit_seconds=0.2) for rank in (1, 0)]  # one timer a process: the last one's
-    for watch in watches:
-        watch.step(6)
+    watches = [Watchdog(tmp_path, rank, limit_seconds=0.2) for rank in (1, 0)]  # one timer a process: the last one's
+    for watchdog in watches:
+        watchdog.start_step(6)
     printed = _stand_still(tmp_path / "stacks" / "rank-0000.txt", capfd)
-    for watch in watches:
-        watch.close()
+    for watchdog in watches:
+        watchdog.close()
     stacks = (tmp_path / "stacks" / "rank-0000.txt").read_text()
     assert "Timeout (0:00:00.200000)!" in stacks and "_stand_still" in stacks
     assert not (tmp_path / "stacks" / "rank-0001.txt").exists()
@@ -34,24 +34,26 @@ def test_a_long_step_leaves_its_stacks(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_steps_in_time_leave_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step starts its time anew."""
+    """Each step starts its time again."""
     calls: list[str] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda limit, file: calls.append(f"armed for {limit}"))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: calls.append("disarmed"))
-    watch = Watch(tmp_path, 0, limit_seconds=60.0)
+    watchdog = Watchdog(tmp_path, 0, limit_seconds=60.0)
     for step in range(3):
-        watch.step(step)
-    watch.close()
+        watchdog.start_step(step)
+    watchdog.close()
     assert calls == [*(["disarmed", "armed for 60.0"] * 3), "disarmed"]
     assert not (tmp_path / "stacks").exists() and capfd.readouterr().out == ""
 
 
 def test_the_heartbeat_says_where_the_run_is(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 0, limit_seconds=0)
-    watch.step(3)
-    watch.beat("generate")
-    beat = json.loads((tmp_path / "heartbeat.json").read_text())
-    assert (beat["step"], beat["phase"]) == (3, "generate") and beat["time"] == pytest.approx(time.time(), abs=60)
-    Watch(tmp_path, 1, limit_seconds=0).beat("verify")  # the main rank alone writes it
-    Watch(None, 0, limit_seconds=0).beat("verify")
-    assert json.loads((tmp_path / "heartbeat.json").read_text()) == beat
+    watchdog = Watchdog(tmp_path, 0, limit_seconds=0)
+    watchdog.start_step(3)
+    watchdog.heartbeat("generate")
+    heartbeat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (heartbeat["step"], heartbeat["phase"]) == (3, "generate") and heartbeat["time"] == pytest.approx(
+        time.time(), abs=60
+    )
+    Watchdog(tmp_path, 1, limit_seconds=0).heartbeat("verify")  # only the main rank writes it
+    Watchdog(None, 0, limit_seconds=0).heartbeat("verify")
+    assert json.loads((tmp_path / "heartbeat.json").read_text()) == heartbeat

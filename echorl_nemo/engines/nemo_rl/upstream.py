@@ -1,7 +1,7 @@
-"""Where NeMo-RL's versions (v0.6, v0.7, main of August 2026) are taken hold of; all that is private is named here.
+"""The names of NeMo-RL that EchoRL uses or replaces, for v0.6, v0.7 and main of August 2026, private ones included.
 
-Nothing is replaced in NeMo-RL's files: its own `examples/run_grpo.py` runs, with three names of
-`nemo_rl.algorithms.grpo` standing for ours while it does.
+No file of NeMo-RL is changed: its own `examples/run_grpo.py` runs, and meanwhile three names in
+`nemo_rl.algorithms.grpo` refer to our classes.
 """
 
 import importlib
@@ -24,7 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "nemo_rl.models.policy.lm_policy": ("Policy",),
     "nemo_rl.utils.venvs": ("create_local_venv_on_each_node",),
 }
-"""What the driver takes hold of, by module."""
+"""Names that the driver uses, by module."""
 WORKER_FILES: dict[str, tuple[str, ...]] = {
     "models/megatron/train.py": ("class LogprobsPostProcessor",),
     "models/policy/workers/megatron_policy_worker.py": (
@@ -34,11 +34,11 @@ WORKER_FILES: dict[str, tuple[str, ...]] = {
     "distributed/model_utils.py": ("def allgather_cp_sharded_tensor",),
     "models/policy/lm_policy.py": ("worker_extension_cls_fqn",),
 }  # fmt: skip
-"""What the workers take hold of, in files that the driver's environment cannot import."""
+"""Texts that must occur in files which the workers use and the driver's environment cannot import."""
 
 
-def missing() -> list[str]:
-    """The seams that the installed NeMo-RL does not have, each with the remedy."""
+def missing_names() -> list[str]:
+    """A problem for each name that EchoRL uses and the installed NeMo-RL does not have."""
     found = []
     for module_name, names in NAMES.items():
         module = importlib.import_module(module_name)
@@ -49,12 +49,13 @@ def missing() -> list[str]:
         source = path.read_text(encoding="utf-8") if path.is_file() else ""
         found += [f"{file}: {text}" for text in texts if text not in source]
     return [
-        f"this NeMo-RL has no {name}: EchoRL is known to fit v0.6.0, v0.7.0 and main of 2026-08-22" for name in found
+        f"this NeMo-RL has no {name}; use v0.6.0, v0.7.0 or main of 2026-08-22, which EchoRL was tested with"
+        for name in found
     ]
 
 
 def run_script() -> Path:
-    """NeMo-RL's `examples/run_grpo.py`: of NEMO_RL_HOME, of the checkout that is imported, or of the container.
+    """The path of NeMo-RL's `examples/run_grpo.py` in NEMO_RL_HOME, in the imported checkout, or in the container.
 
     Raises UserError if there is none.
     """
@@ -67,10 +68,10 @@ def run_script() -> Path:
 
 
 def register_worker() -> str:
-    """Our worker's name, registered for the Python of upstream's worker.
+    """Register our worker with the Python of upstream's worker, and return its name.
 
-    Ray must be up. NeMo-RL makes an environment per worker name on every node when the registry holds a `uv` command;
-    under our name it would be a second of the same.
+    Ray must be running. If the registry holds a `uv` command, NeMo-RL creates an environment for each worker name on
+    every node; registering upstream's environment under our name avoids a second one.
     """
     registry = importlib.import_module("nemo_rl.distributed.ray_actor_environment_registry").ACTOR_ENVIRONMENT_REGISTRY
     python = registry[UPSTREAM_WORKER]
@@ -83,7 +84,8 @@ def register_worker() -> str:
 
 @contextmanager
 def installed(step: EchoStep) -> Iterator[None]:
-    """`nemo_rl.algorithms.grpo` with our policy, our loss, and advantage estimators that ``step`` watches."""
+    """Meanwhile `nemo_rl.algorithms.grpo` uses our policy, our loss, and advantage estimators that show ``step`` the
+    rewards."""
     from echorl_nemo.engines.nemo_rl.loss import EchoClippedPGLossFn
     from echorl_nemo.engines.nemo_rl.policy import EchoPolicy
 
@@ -93,24 +95,24 @@ def installed(step: EchoStep) -> Iterator[None]:
         for name, ours in (
             ("Policy", policy),
             ("ClippedPGLossFn", EchoClippedPGLossFn),
-            ("_create_advantage_estimator", watched(grpo._create_advantage_estimator, step)),
+            ("_create_advantage_estimator", recording_rewards(grpo._create_advantage_estimator, step)),
         ):
             stack.enter_context(mock.patch.object(grpo, name, ours))
         yield
 
 
-def watched(create: Callable[..., Any], step: EchoStep) -> Callable[..., Any]:
-    """``create``, whose estimators show ``step`` the rewards that they are given."""
+def recording_rewards(create: Callable[..., Any], step: EchoStep) -> Callable[..., Any]:
+    """``create``, changed so that its estimators record the rewards that they are given in ``step``."""
 
-    def create_watched(*args: Any, **kwargs: Any) -> Any:
+    def create_recording(*args: Any, **kwargs: Any) -> Any:
         estimator = create(*args, **kwargs)
         compute = estimator.compute_advantage
 
         def compute_advantage(**given: Any) -> Any:
-            step.saw_rewards(given["prompt_ids"], given["rewards"], given.get("repeated_batch"))
+            step.record_rewards(given["prompt_ids"], given["rewards"], given.get("repeated_batch"))
             return compute(**given)
 
         estimator.compute_advantage = compute_advantage
         return estimator
 
-    return create_watched
+    return create_recording

@@ -1,4 +1,4 @@
-"""What goes to the engine and comes from it, piece by piece: weights in buckets, requests with their log-probs."""
+"""Data that is exchanged with TensorRT-LLM: finished requests with their log-probs, and weights in buckets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,21 @@ class Rollout:
     """One finished request."""
 
     tokens: list[int]
-    """Of the response."""
+    """Token ids of the response."""
     logprobs: list[float] | None
+    """Log-probs of the tokens, nats; None if the engine did not return them."""
     statistics: Tensor
-    """[tokens, 2] nats: entropy and largest log-prob."""
+    """[tokens, 2] nats: entropy and largest log-prob of each token, from the probe."""
     finished: bool
     top_logprobs: list[float] | None
-    """Of a checked request: the engine's own largest log-probs."""
+    """The engine's own largest log-probs, nats, for a request that is checked."""
 
 
 def token_logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | None, list[float] | None]:
-    """(the sampled tokens' log-probs, the largest ones), each None where they are not known.
+    """(log-probs of the sampled tokens, largest log-probs), each None if it is not known.
 
-    ``given``: a number for each token, or a dictionary by token id of the top-K (and, in newer versions, the sampled
-    token).
+    ``given``: what the engine returned, a number for each token, or a dictionary by token id of the top-K (in newer
+    versions the sampled token is among them).
     """
     if not given:
         return ([], None) if not tokens else (None, None)
@@ -37,8 +38,8 @@ def token_logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | Non
     return [float(entries[token].logprob) for token, entries in zip(tokens, given, strict=True)], top
 
 
-def in_buckets(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Weights in parts of about ``size`` bytes."""
+def weight_buckets(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Split an iterator over weights into lists of about ``size`` bytes."""
     bucket: list[tuple[str, Tensor]] = []
     used = 0
     for name, tensor in weights:

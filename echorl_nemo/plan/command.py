@@ -1,15 +1,15 @@
-"""The command that starts a run, in its engine's own words."""
+"""Writes the command that starts a run on its engine, for a batch script."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from echorl_nemo.data.prepared import write_prompts
+from echorl_nemo.data.host_prompts import write_prompts
 from echorl_nemo.engines.megatron.checks import Inputs
 from echorl_nemo.engines.nemo_aligner import overrides as aligner
 from echorl_nemo.engines.nemo_rl import overrides as nemo_rl
 from echorl_nemo.errors import UserError
 from echorl_nemo.overrides import override
-from echorl_nemo.plan.run import Plan
+from echorl_nemo.plan.plan import Plan
 from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import ALIGNER_SCRIPT, CONFIG_DIR
 
@@ -17,7 +17,7 @@ COMMAND_FILE = "command.txt"
 
 
 def train_arguments(name: str, folder: Path | None, overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """Of `echorl-nemo train`, so that every rank and every restart uses the same run folder and layout."""
+    """The arguments of `echorl-nemo train` with run folder and layout, so that every rank and restart uses the same."""
     layout = config.parallel
     return [
         f"--config-name={name}",
@@ -31,11 +31,11 @@ def train_arguments(name: str, folder: Path | None, overrides: Sequence[str], co
     ]
 
 
-def write_launch(plan: Plan, folder: Path, arguments: list[str]) -> Path:
-    """Write what a batch script starts to ``folder``, and return it: `command.txt`, the arguments of python, one a
-    line; for a host also the prompts that it reads.
+def write_command(plan: Plan, folder: Path, arguments: list[str]) -> Path:
+    """Write `command.txt` to ``folder`` and return its path: the arguments of python that start the run, one a line.
+    For a host the files of its prompts are written too.
 
-    ``arguments``: those of `echorl-nemo train`, for the native engine. Raises UserError where a host's prompts were not
+    ``arguments``: those of `echorl-nemo train`, for the native engine. Raises UserError if a host's prompts were not
     read.
     """
     config, inputs, folder = plan.config, plan.inputs, folder.absolute()
