@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast, get_origin
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from echorl_nemo.checks.keys import key_problems, parse_overrides
 from echorl_nemo.errors import UserError, did_you_mean
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 from echorl_nemo.shipped import CONFIG_DIR, ROOT
@@ -48,8 +48,8 @@ def load_config(
     if name not in names:
         raise UserError(f"--config-name={name}: no {name}.yaml; there are {', '.join(sorted(names))}")
     keys = known_keys(schema)
-    parsed, problems = _parse(overrides, names)
-    problems += _key_problems(parsed, folders, keys, dictionary_keys(schema))
+    parsed, problems = parse_overrides(overrides, names)
+    problems += key_problems(parsed, folders, keys, dictionary_keys(schema))
     if problems:
         raise UserError("\n".join(problems))
     others = ",".join(f'"file://{folder}"' for folder in folders if folder != names[name])
@@ -104,78 +104,6 @@ def dictionary_keys(schema: Any, prefix: str = "") -> list[str]:
         elif is_dataclass(spec.type):
             keys += dictionary_keys(spec.type, f"{prefix}{spec.name}.")
     return keys
-
-
-def _parse(overrides: Sequence[str], names: dict[str, Path]) -> tuple[list[Override], list[str]]:
-    """The overrides that Hydra can parse, and a problem for each one that it cannot."""
-    parser, parsed, problems = OverridesParser.create(), [], []
-    for override in overrides:
-        try:
-            parsed += parser.parse_overrides([override])
-        except HydraException:
-            problems.append(_explain_override(override, names))
-        except ValueError as error:  # raised for a number with thousands of digits
-            problems.append(f"{override[:80]}: {error}; give another value")
-        else:
-            if parsed[-1].value() == "???":
-                parsed.pop()
-                problems.append(f"{override}: ??? is not a value; give one")
-            elif parsed[-1].is_sweep_override():
-                problems.append(
-                    f"{override}: several values for one key; start one run for each, or quote the value if it is one "
-                    f"text: '{_quoted(override)}'"
-                )
-    return parsed, problems
-
-
-def _explain_override(override: str, names: dict[str, Path]) -> str:
-    """The problem of an argument that is not an override."""
-    key, equals, _ = override.partition("=")
-    if not equals and key.removesuffix(".yaml") in names:
-        return f"{override}: an argument is key=value; to choose a configuration use --config-name {key}"
-    if not equals and re.fullmatch(r"[\w.+~@/]+\s+\S.*", key):
-        first, rest = key.split(None, 1)
-        return f"{override}: an argument is key=value; use {first}={rest}"
-    if not equals:
-        return f"{override}: an argument is key=value, as in echorl.coef=0.3"
-    if not re.fullmatch(r"[~+]{0,2}[A-Za-z_]\w*([.@/][A-Za-z0-9_]+)*", key, re.ASCII):
-        return f"{override}: {key!r} is not a key; write words joined by dots, as in echorl.coef=0.3"
-    return f"{override}: the value has characters of Hydra's syntax; quote it twice: '{_quoted(override)}'"
-
-
-def _quoted(override: str) -> str:
-    key, _, value = override.partition("=")
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value.strip("\"'"))
-    return f'{key}="{escaped}"'
-
-
-def _key_problems(
-    parsed: Sequence[Override], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
-) -> list[str]:
-    """Problems of unknown, added and deleted keys. Only entries of the dictionaries ``free`` may be added."""
-    groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
-    problems = []
-    for override in parsed:
-        key = override.key_or_group
-        if parent := next((name for name in free if key == name or key.startswith(f"{name}.")), None):
-            if key == parent or not override.is_add():
-                problems.append(
-                    f"{override.input_line}: {parent} is a dictionary; add its entries: +{parent}.key=value"
-                )
-        elif key not in groups and key not in keys:
-            problems.append(f"{override.input_line}: no such key; {did_you_mean(key, keys)}")
-        elif key in groups and not (options := _options(directories, key)) >= {str(override.value())}:
-            near = did_you_mean(str(override.value()), sorted(options))
-            problems.append(f"{override.input_line}: no such choice; {near} There are {', '.join(sorted(options))}")
-        elif override.is_add() and not override.is_force_add():
-            problems.append(f"{override.input_line}: the key is there already; leave out the +, {key}=...")
-        elif override.is_delete():
-            problems.append(f"{override.input_line}: a key is not deleted; give its value, {key}=...")
-    return problems
-
-
-def _options(directories: Sequence[Path], group: str) -> set[str]:
-    return {path.stem for directory in directories for path in (directory / group).glob("*.yaml")}
 
 
 def _compose_all(

@@ -28,3 +28,9 @@ def did_you_mean(key: str, keys: Sequence[str]) -> str:
     """The question `did you mean ...?` with the valid key that is most similar to ``key``."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     return f"did you mean {close[0]}?"
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises UserError with all ``problems``, one a line, if there are any."""
+    if problems:
+        raise UserError("\n".join(problems))

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
 from echorl_nemo.engines.megatron.run import silence_library_warnings
@@ -159,7 +159,7 @@ def _train(config: RunConfig, platform: Platform, golden: Path) -> dict[str, Any
     from echorl_nemo.engines.megatron.worker import build_trainer, initialize_parallel
 
     watchdog = Watchdog(None, 0, limit_seconds=0)
-    trainer = build_trainer(config, check(config), platform, initialize_parallel(config, platform), watchdog)
+    trainer = build_trainer(config, checked_inputs(config), platform, initialize_parallel(config, platform), watchdog)
     solutions, mask = chain_batch(trainer, golden)
 
     def measure() -> dict[str, float]:

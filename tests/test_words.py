@@ -20,7 +20,7 @@ WORDS = {
     r"beats?": "`heartbeat`, or say what is written",
     r"settl(e|es|ed|ing)": "`resolve`, for sizes and layouts",
     r"whose like|goes along|go along": "say what happens",
-    r"(?<!there )(is|are|was|were) no (value|text|number|key|letter|folder|file|function|list|word|checkpoint|token)s?": (
+    r"(?<!there )(is|are|was|were) no (value|text|number|key|letter|folder|file|function|list|word|token)s?": (
         "`is not a ...`"
     ),
 }

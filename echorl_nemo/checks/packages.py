@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 
 from echorl_nemo.errors import UserError
+from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import CONSTRAINTS, pinned
 
 NATIVE = {
@@ -51,6 +52,8 @@ def is_installed(module: str) -> bool:
 
 
 def _find_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    if name in sys.modules:
+        return sys.modules[name].__spec__
     specs = (finder.find_spec(name, path) for finder in sys.meta_path)
     try:
         return next((spec for spec in specs if spec is not None), None)
@@ -77,3 +80,18 @@ def install_advice(missing: Sequence[str]) -> str:
     if set(missing) & set(BRIDGE.values()):
         lines.append(f"pip install --no-deps {pinned('megatron-bridge')}")
     return f"run {' and '.join(lines)}"
+
+
+def package_problems(config: RunConfig) -> list[str]:
+    """Problems of packages that the run needs and this environment, that of the ranks, does not have."""
+    problems = []
+    for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+        value = getattr(config.logger, field)
+        if value is not None and not is_installed(package):
+            problems.append(f"logger.{field}={value}: the package {package} is not installed; install it, or use null")
+    if config.rollout.engine == "trtllm" and not is_installed("tensorrt_llm"):
+        problems.append(
+            "rollout.engine=trtllm: the package tensorrt_llm is not installed; run in a container that carries it, "
+            "see docs/tensorrt_llm.md, or use rollout.engine=megatron"
+        )
+    return problems

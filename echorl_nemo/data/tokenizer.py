@@ -131,8 +131,8 @@ class Tokenizer:
             warn("model.path=%s: the chat template closes a turn with %r, now a stop token too", self._path, token)
         else:
             warn(
-                "model.path=%s: the chat template closes a turn with %r, which is not a special token; responses may not "
-                "end there: name what ends them in model.stop_tokens", self._path, token,
+                "model.path=%s: the chat template closes a turn with %r, which is not a special token; responses may "
+                "not end there: name what ends them in model.stop_tokens", self._path, token,
             )  # fmt: skip
 
 

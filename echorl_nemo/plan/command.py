@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echorl_nemo.data.host_prompts import write_prompts
-from echorl_nemo.engines.megatron.checks import Inputs
+from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.engines.nemo_aligner import overrides as aligner
 from echorl_nemo.engines.nemo_rl import overrides as nemo_rl
 from echorl_nemo.errors import UserError
@@ -55,7 +55,7 @@ def write_command(plan: Plan, folder: Path, arguments: list[str]) -> Path:
     return path
 
 
-def _host_command(config: RunConfig, model_type: str, inputs: Inputs, folder: Path) -> list[str]:
+def _host_command(config: RunConfig, model_type: str, inputs: RunInputs, folder: Path) -> list[str]:
     train, evaluate = folder / "train.jsonl", None
     write_prompts(train, inputs.train_data, inputs.tokenizer)
     if inputs.eval_data is not None:

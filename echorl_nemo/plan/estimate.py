@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from echorl_nemo.engines.megatron.layout import number_of_experts, ranks_per_replica
+from echorl_nemo.checks.hf_config import number_of_experts
+from echorl_nemo.engines.megatron.layout import ranks_per_replica
 from echorl_nemo.plan.parameters import StageParameters
 from echorl_nemo.schema import RunConfig
 

@@ -2,15 +2,16 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from echorl_nemo.engines.megatron.checks import Inputs, package_problems
-from echorl_nemo.engines.megatron.layout import known_config, layout_problems
+from echorl_nemo.checks.files import space_problems
+from echorl_nemo.checks.layout import layout_problems, layout_warnings, memory_problems, resolve_on_cluster
+from echorl_nemo.checks.run import check_run
+from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.engines.megatron.platform import detect_platform
-from echorl_nemo.errors import UserError
-from echorl_nemo.plan import problems as find
 from echorl_nemo.plan.estimate import Estimate, Memory, memory, network_gigabytes, step_seconds
 from echorl_nemo.plan.parameters import StageParameters, stage_parameters, total_parameters
 from echorl_nemo.schema import RunConfig
@@ -37,7 +38,7 @@ class Plan:
     """Seconds of each phase of a step."""
     network: list[Estimate] = field(default_factory=list)
     """GB that a GPU sends in a step."""
-    inputs: Inputs | None = None
+    inputs: RunInputs | None = None
     """Tokenizer and prompts of the run; None if they were not looked for, or cannot be read."""
 
     @property
@@ -53,26 +54,16 @@ def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = Tr
     whether the ranks run in this environment, so that its packages are looked for.
     """
     plan = Plan(config)
-    plan.problems += find.settle(config)
-    plan.warnings += find.layout_warnings(config)
-    hf_config = None
-    try:
-        hf_config = known_config(config.model)
-    except UserError as error:
-        # otherwise the check of files reports it
-        plan.problems += [str(error)] if elsewhere or config.model.architecture else []
-    if hf_config is not None:
-        plan.model_type = hf_config.model_type
-    plan.problems += find.static_problems(config, plan.model_type)
-    if hf_config is not None:
-        _count(plan, hf_config)
-    if elsewhere and hf_config is not None:
-        plan.problems += find.position_problems(config, hf_config)
-    if not elsewhere:
-        found, plan.inputs = find.file_problems(config, plan.parameters)
-        plan.problems += found
-        if packages and config.engine == "megatron":
-            plan.problems += package_problems(config)
+    plan.problems += resolve_on_cluster(config)
+    plan.warnings += layout_warnings(config)
+    found = check_run(config, files=not elsewhere, packages=packages and not elsewhere)
+    plan.problems += found.problems
+    plan.inputs = found.inputs
+    if found.hf_config is not None:
+        plan.model_type = found.hf_config.model_type
+        _count(plan, found.hf_config)
+    if plan.parameters is not None and not elsewhere:
+        plan.problems += space_problems(Path(config.trainer.run_dir), plan.parameters)
     return plan
 
 
@@ -85,15 +76,18 @@ def _count(plan: Plan, hf_config: PretrainedConfig) -> None:
             f"{', '.join(COUNTED)}"
         )
         return
-    if uneven := layout_problems(config.parallel, hf_config):
-        plan.problems += uneven
+    if layout_problems(config.parallel, hf_config):  # among the problems already
         return
     plan.stages = stage_parameters(hf_config, config.parallel, detect_platform("cpu"))
     plan.parameters = total_parameters(plan.stages, hf_config)
     plan.memory = memory(config, hf_config, plan.stages)
     plan.seconds = step_seconds(config, hf_config, plan.stages)
     plan.network = network_gigabytes(config, hf_config, plan.stages)
-    plan.problems += find.memory_problems(config, plan.memory)
+    worst = max(plan.memory, key=lambda each: each.peak)
+    largest = max(worst.items, key=lambda item: item.value)
+    plan.problems += memory_problems(
+        config, stage=worst.stage, peak=worst.peak, largest=largest.name, largest_gib=largest.value
+    )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 
 from echorl_nemo.checks import packages
 from echorl_nemo.checks.packages import BRIDGE, NATIVE, is_installed, require_packages
+from echorl_nemo.config import load_config
 from echorl_nemo.errors import UserError
+from echorl_nemo.schema import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -52,3 +54,11 @@ def test_a_namespace_without_code_is_not_installed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = {name: is_installed(name) for name in ("hollow", "hollow.inner", "whole", "whole.part", "whole.other")}
     assert found == {"hollow": False, "hollow.inner": False, "whole": True, "whole.part": True, "whole.other": False}
+
+
+def test_trackers_that_are_not_installed_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda name: False)
+    config = load_config("quickstart", ["logger.wandb_project=mine", "rollout.engine=trtllm"], schema=RunConfig)
+    printed = "\n".join(packages.package_problems(config))
+    assert "logger.wandb_project=mine: the package wandb is not installed; install it, or use null" in printed
+    assert "rollout.engine=trtllm: the package tensorrt_llm is not installed" in printed

@@ -158,7 +158,7 @@ def test_tables_are_read(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> N
         "the row and the header have different numbers of values; correct it"
     ] * 2
     path.write_bytes(b"prompt\xff\n")
-    assert "no table in UTF-8" in problems(path, tokenizer)[0]
+    assert "not a table in UTF-8" in problems(path, tokenizer)[0]
 
 
 def test_the_fingerprint_is_of_the_rows(tiny_chain: Path, tmp_path: Path) -> None:

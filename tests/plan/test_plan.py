@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from echorl_nemo.checks.files import run_dir_problems, space_problems
+from echorl_nemo.checks.hf_config import described_config
 from echorl_nemo.cli import main
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.megatron.layout import described_config
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.plan.plan import Plan, make_plan
@@ -210,15 +211,21 @@ def test_a_model_that_is_another(in_repository: Path, tiny_chain: Path) -> None:
     assert any("model.stop_tokens=['<|im_end|>', '<|endoftext|>']: the tokenizer of" in p for p in made.problems)
 
 
-def test_a_folder_without_room_or_leave(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    from echorl_nemo.plan.problems import folder_problems
+def test_a_disk_without_space_for_a_checkpoint(tmp_path: Path) -> None:
+    (problem,) = space_problems(tmp_path / "run", 10**15)
+    assert "a checkpoint has 14000000 GB; free space" in problem
+    assert space_problems(tmp_path / "run", 1) == []
 
-    (problem,) = folder_problems(tmp_path / "file" / "run", 1)
-    assert "cannot be written to" in problem
-    (problem,) = folder_problems(tmp_path / "run", 10**15)
-    assert "a checkpoint has 14000000 GB; make room" in problem
-    assert folder_problems(tmp_path / "run", 1) == []
+
+@pytest.mark.parametrize("engine", ["megatron", "nemo_rl"])
+def test_a_run_folder_below_a_file(tmp_path: Path, engine: str) -> None:
+    (tmp_path / "file").touch()
+    config = load_config(
+        "quickstart", [f"engine={engine}", f"trainer.run_dir={tmp_path / 'file' / 'run'}"], schema=RunConfig
+    )
+    assert run_dir_problems(config) == [
+        f"trainer.run_dir={tmp_path}/file/run: {tmp_path}/file is a file; name a folder"
+    ]
 
 
 QWEN3_30B = [

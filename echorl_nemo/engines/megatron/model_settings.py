@@ -58,24 +58,6 @@ def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
     return AttentionSettings(frequencies.float(), scale, tuple(_windows(hf_config)), experts)
 
 
-def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
-    """A problem if Megatron's model cannot have the model's position encoding."""
-    kind = rope_type(hf_config)
-    if hf_config.model_type not in MAPPED_FAMILIES:
-        return []
-    if kind in ROPE_TYPES:
-        settings = attention_settings(hf_config)
-        assert settings is not None
-        sound = bool((settings.inverse_frequencies > 0).all() and settings.inverse_frequencies.isfinite().all())
-        if sound and math.isfinite(settings.scale) and settings.scale > 0:
-            return []
-        return [f"model.path={path}: its rope_scaling gives frequencies that are not positive; correct its config.json"]
-    return [
-        f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine does not have; use a "
-        f"model with one of {', '.join(ROPE_TYPES)}"
-    ]
-
-
 def apply_to_provider(provider: Any, settings: AttentionSettings) -> None:
     """Set scale, windows and the routing of experts on a Megatron-Bridge provider, before the model is built."""
     if settings.experts_renormalised is not None:

@@ -10,19 +10,13 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from echorl_nemo.checks.run import check_evaluation, check_export, checked_inputs
+from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
-from echorl_nemo.engines.megatron.checks import (
-    Inputs,
-    check,
-    check_evaluation,
-    checkpoint_problems,
-    out_problems,
-)
 from echorl_nemo.engines.megatron.launch import launch
-from echorl_nemo.engines.megatron.layout import model_problems, world_size
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
-from echorl_nemo.errors import UserError
 from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
@@ -37,7 +31,7 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
     silence_library_warnings()
     world = world_size(config)
     platform = detect_platform(config.parallel.device)
-    inputs = check(config, platform)
+    inputs = checked_inputs(config, platform)
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
     return launch(
@@ -68,12 +62,7 @@ def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
     silence_library_warnings()
     config.parallel.data = None  # one replica is enough
     world = world_size(config)
-    if problems := [
-        *checkpoint_problems(checkpoint),
-        *out_problems(out),
-        *model_problems(config.parallel, config.model),
-    ]:
-        raise UserError("\n".join(problems))
+    check_export(config, checkpoint, out)
     platform = detect_platform(config.parallel.device)
     import echorl_nemo.engines.megatron.worker  # noqa: F401  heavy: once, before ranks are forked
 
@@ -104,7 +93,7 @@ def _examine(config: EvaluateConfig, rank: Callable[..., int], out: Mapping[str,
 def _train_rank(
     config: RunConfig,
     config_yaml: str,
-    inputs: Inputs,
+    inputs: RunInputs,
     platform: Platform,
     signals: StopSignals,
     closers: ExitStack,

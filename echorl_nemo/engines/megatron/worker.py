@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.engines.megatron.checkpoint import Checkpoints, Progress, load_weights
-from echorl_nemo.engines.megatron.checks import Inputs
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import build_model
 from echorl_nemo.engines.megatron.model_check import check_model
@@ -40,7 +40,7 @@ REQUEUE_FILE = "requeue"
 def run_rank(
     config: RunConfig,
     config_yaml: str,
-    inputs: Inputs,
+    inputs: RunInputs,
     platform: Platform,
     signals: StopSignals,
     closers: ExitStack,
@@ -77,7 +77,7 @@ class _TrainingLoop:
         self,
         config: RunConfig,
         config_yaml: str,
-        inputs: Inputs,
+        inputs: RunInputs,
         folder: Path,
         trainer: Trainer,
         stop: StopRequest,
@@ -260,7 +260,7 @@ def initialize_parallel(config: RunConfig, platform: Platform) -> Parallel:
 
 
 def build_trainer(
-    config: RunConfig, inputs: Inputs, platform: Platform, parallel: Parallel, watchdog: Watchdog
+    config: RunConfig, inputs: RunInputs, platform: Platform, parallel: Parallel, watchdog: Watchdog
 ) -> Trainer:
     """Load the model, compare it with transformers', and create policy, rollout engine, verifiers and trainer."""
     settings = config.trainer
@@ -293,7 +293,7 @@ def build_trainer(
     )
 
 
-def _vocabulary(config: RunConfig, inputs: Inputs) -> int | None:
+def _vocabulary(config: RunConfig, inputs: RunInputs) -> int | None:
     """Number of ids that have a probability: the tokenizer's if this engine generates. TensorRT-LLM samples from all
     ids of the model (None), and the policy's log-probs must be those of the distribution that was sampled from."""
     return len(inputs.tokenizer) if config.rollout.engine == "megatron" else None
@@ -306,7 +306,7 @@ def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platfo
     model.export(out)
 
 
-def _rollout_engine(config: RunConfig, inputs: Inputs, policy: MegatronPolicy) -> RolloutEngine:
+def _rollout_engine(config: RunConfig, inputs: RunInputs, policy: MegatronPolicy) -> RolloutEngine:
     model = policy.model
     if config.rollout.engine == "megatron":
         return MegatronRolloutEngine(model, inputs.tokenizer, config.rollout)

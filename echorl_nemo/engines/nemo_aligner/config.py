@@ -74,55 +74,6 @@ def _text(key: Any) -> str:
 
 
 def method_config(model_config: DictConfig) -> tuple[AlgoConfig, EchoRLConfig]:
-    """Parse `model.grpo.algo` and `model.echorl`.
-
-    Raises UserError for settings that NeMo-Aligner cannot follow: its rollouts come without log-probs, and a step
-    generates from its prompts once.
-    """
+    """Parse `model.grpo.algo` and `model.echorl`. Raises UserError for a key or value that is not allowed."""
     algo = parse_section(model_config.grpo.get("algo"), AlgoConfig, "model.grpo.algo")
-    echorl = parse_section(model_config.get("echorl"), EchoRLConfig, "model.echorl")
-    problems = [
-        f"model.grpo.algo.{name}={getattr(algo, name)}: NeMo-Aligner's rollouts come without log-probs; use null"
-        for name in ("tis_cap", "icepop_low", "icepop_high")
-        if getattr(algo, name) is not None
-    ]
-    if algo.dynamic_sampling:
-        problems.append("model.grpo.algo.dynamic_sampling=true: NeMo-Aligner generates once in a step; use false")
-    if echorl.entropy_source != "policy":
-        problems.append(
-            f"model.echorl.entropy_source={echorl.entropy_source}: NeMo-Aligner's TensorRT-LLM returns only tokens; "
-            "use policy"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-    return algo, echorl
-
-
-def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: int) -> list[str]:
-    """Problems of batch sizes that do not divide each other. ``grpo`` is the section `trainer.grpo`."""
-    prompts, group = model_config.grpo.num_rollout_samples, grpo.num_rollouts_per_prompt
-    rollouts, step = prompts * group, model_config.global_batch_size
-    generated, scored = model_config.grpo.rollout_micro_batch_size, model_config.grpo.forward_micro_batch_size
-    validated, validation = model_config.grpo.val_rollout_micro_batch_size, model_config.grpo.num_val_samples
-    problems = []
-    if group < 2:
-        problems.append(
-            f"trainer.grpo.num_rollouts_per_prompt={group}: a group needs rollouts to compare; use 2 or more"
-        )
-    trained = model_config.micro_batch_size
-    if grpo.trt_llm.enable and grpo.trt_llm.reshard:  # pipeline stages generate as further replicas
-        generated *= model_config.pipeline_model_parallel_size
-        validated *= model_config.pipeline_model_parallel_size
-    for what, count, key, divisor in (
-        ("prompts of a step", prompts, "model.grpo.rollout_micro_batch_size x replicas", generated * data_parallel),
-        (
-            "prompts of a validation", validation, "model.grpo.val_rollout_micro_batch_size x replicas",
-            validated * data_parallel,
-        ),
-        ("rollouts of a step", rollouts, "model.global_batch_size", step),
-        ("rollouts of an optimizer step", step, "model.micro_batch_size x replicas", trained * data_parallel),
-        ("rollouts of a replica", rollouts // data_parallel, "model.grpo.forward_micro_batch_size", scored),
-    ):  # fmt: skip
-        if count % divisor:
-            problems.append(f"{key}={divisor}: it does not divide the {count} {what}; use a divisor of {count}")
-    return problems
+    return algo, parse_section(model_config.get("echorl"), EchoRLConfig, "model.echorl")

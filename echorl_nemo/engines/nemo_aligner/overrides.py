@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from echorl_nemo.overrides import override
-from echorl_nemo.schema import RunConfig, changed
+from echorl_nemo.schema import RunConfig
 
 CONFIG_NAME = "echo_grpo_actor"
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen"}
@@ -129,44 +129,3 @@ def _step(config: RunConfig, eval_prompts: int) -> dict[str, Any]:
 
 def _largest_divisor(number: int, *, at_most: int) -> int:
     return max((size for size in range(1, min(number, at_most) + 1) if number % size == 0), default=1)
-
-
-def problems(config: RunConfig, model_type: str) -> list[str]:
-    """Problems of settings that NeMo-Aligner 0.7 cannot follow."""
-    found = []
-    if model_type not in MODEL_TYPES:
-        found.append(
-            f"engine=nemo_aligner: NeMo 2.1 converts {', '.join(MODEL_TYPES)}, not the {model_type} of "
-            f"model.path={config.model.path}; use engine=nemo_rl"
-        )
-    if config.model.nemo_path is None:
-        found.append(
-            "model.nemo_path=null: NeMo-Aligner trains a .nemo file; convert model.path as docs/nemo_aligner.md says, "
-            "and name it"
-        )
-    for key, value, usual in (
-        ("parallel.context", config.parallel.context, 1),
-        ("parallel.expert", config.parallel.expert, 1),
-        ("trainer.pack_tokens", config.trainer.pack_tokens, 0),
-        ("trainer.warmup_steps", config.trainer.warmup_steps, 0),
-        ("trainer.eval_group_size", config.trainer.eval_group_size, 1),
-        ("trainer.eval_temperature", config.trainer.eval_temperature, None),
-        ("logger.mlflow_experiment", config.logger.mlflow_experiment, None),
-    ):
-        if value != usual:
-            found.append(f"{key}={value}: NeMo-Aligner does not support it; use {_null(usual)}, or engine=nemo_rl")
-    found += [
-        f"{key}={value}: NeMo-Aligner does not read it; leave it out, or use engine=megatron"
-        for key, value in changed(config, UNREAD)
-    ]
-    save, evaluate = config.trainer.save_every, config.trainer.eval_every
-    if save and evaluate and save % evaluate:
-        found.append(
-            f"trainer.save_every={save}: NeMo-Aligner saves where it evaluates; use a multiple of "
-            f"trainer.eval_every={evaluate}"
-        )
-    return found
-
-
-def _null(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from nemo.utils import logging  # noqa: E402
 from nemo.utils.exp_manager import exp_manager  # noqa: E402
 from nemo_aligner.data.nlp.builders import build_dataloader  # noqa: E402
+from nemo_aligner.utils import parallel_state  # noqa: E402
 from nemo_aligner.utils.batch_iterators import get_batch_iterator_cls  # noqa: E402
 from nemo_aligner.utils.distributed import Timer  # noqa: E402
 from nemo_aligner.utils.train_script_utils import (  # noqa: E402
@@ -32,12 +33,13 @@ from nemo_aligner.utils.utils import (  # noqa: E402
 )
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+from echorl_nemo.checks.nemo_aligner import batch_problems, method_problems  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.actor import MegatronGPTEchoGRPOActorModel  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.batch import PromptDataset, collate_prompts  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, method_config, parse_section  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.rewards import InProcessRewards  # noqa: E402
 from echorl_nemo.engines.nemo_aligner.trainer import EchoGRPOTrainer  # noqa: E402
-from echorl_nemo.errors import UserError  # noqa: E402
+from echorl_nemo.errors import UserError, raise_problems  # noqa: E402
 
 for name, function in {
     "multiply": lambda x, y: x * y,
@@ -62,7 +64,7 @@ def train(cfg: DictConfig) -> None:
 def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
     """Create the trainer with everything that ``cfg`` names. It is restored if `exp_manager` finds a checkpoint."""
     cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
-    method_config(cfg.model)  # raises for wrong settings before a model is built
+    raise_problems(method_problems(*method_config(cfg.model)))  # before a model is built
     verifier = parse_section(cfg.get("verifier"), VerifierConfig, "verifier")
     logging.info(f"\n{OmegaConf.to_yaml(cfg)}")
 
@@ -93,6 +95,8 @@ def make_trainer(cfg: DictConfig) -> EchoGRPOTrainer:
     checkpoints = add_custom_checkpoint_callback(ptl_trainer, model)
     logger.log_hyperparams(OmegaConf.to_container(cfg))
 
+    replicas = parallel_state.get_data_parallel_world_size()
+    raise_problems(batch_problems(cfg.trainer.grpo, model.cfg, replicas))
     trainer = EchoGRPOTrainer(
         cfg=cfg.trainer.grpo,
         model=model,

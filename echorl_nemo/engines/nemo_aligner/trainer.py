@@ -21,8 +21,6 @@ from echorl_nemo.engines.nemo_aligner.batch import (
     pad_to_multiple,
     response_mask,
 )
-from echorl_nemo.engines.nemo_aligner.config import batch_problems
-from echorl_nemo.errors import UserError
 from echorl_nemo.grpo import counted_rollouts, group_advantages, kl_estimate, overlong_penalty
 
 
@@ -31,18 +29,12 @@ class EchoGRPOTrainer(ReinforceTrainer):
     model must be a `MegatronGPTEchoGRPOActorModel`."""
 
     def __init__(self, *args: Any, reward_weights: tuple[float, ...] = (), **kwargs: Any) -> None:
-        """``reward_weights``: weights of the reward's further columns; the first column decides success.
-
-        Raises UserError for batch sizes that do not divide.
-        """
+        """``reward_weights``: weights of the reward's further columns; the first column decides success."""
         super().__init__(*args, **kwargs)
         self.algo, self.echorl = self.model.algo, self.model.echorl
         self.reward_weights = reward_weights
         self.boundary_ids = boundary_ids(_vocabulary(self.model.tokenizer), self.echorl.boundary)
         self.compute_init_policy_kl = self.algo.kl_coef > 0
-        world = parallel_state.get_data_parallel_world_size()
-        if problems := batch_problems(self.cfg, self.model.cfg, world):
-            raise UserError("\n".join(problems))
 
     @torch.no_grad()
     def generate_rollouts(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echorl_nemo.overrides import override
-from echorl_nemo.schema import RunConfig, changed
+from echorl_nemo.schema import RunConfig
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "grpo": {"normalize_rewards": True, "use_leave_one_out_baseline": False},
@@ -207,52 +207,3 @@ def _files(config: RunConfig) -> dict[str, Any]:
     if logger.mlflow_experiment is not None:
         settings["logger.mlflow.experiment_name"] = logger.mlflow_experiment
     return settings
-
-
-def untranslatable(config: RunConfig) -> list[str]:
-    """Problems of settings that NeMo-RL 0.7 cannot follow."""
-    algo, data = config.algo, config.data
-    found = []
-    for key, value, wanted in (
-        ("algo.entropy_coef", algo.entropy_coef, 0.0),
-        ("algo.denominator", algo.denominator, "all"),
-        ("algo.importance", algo.importance, "policy"),
-        ("data.reward", data.reward, "math"),
-        ("data.extra_rewards", len(data.extra_rewards), 0),
-        ("trainer.eval_group_size", config.trainer.eval_group_size, 1),
-        ("trainer.eval_temperature", config.trainer.eval_temperature, None),
-        ("parallel.device", config.parallel.device == "cpu", False),
-    ):
-        if value != wanted:
-            found.append(f"{key}={value}: NeMo-RL does not support it; use {wanted}, or engine=megatron")
-    found += [
-        f"{key}={value}: NeMo-RL does not read it; leave it out, or use engine=megatron"
-        for key, value in changed(config, UNREAD)
-    ]
-    if config.rollout.engine == "trtllm":
-        found.append(
-            "rollout.engine=trtllm: NeMo-RL v0.7.0 does not have it; use rollout=vllm, or its main branch with "
-            "conf/nemo_rl/grpo_70b_trtllm.yaml (docs/nemo_rl.md)"
-        )
-    if config.parallel.context > 1 and not config.trainer.pack_tokens:
-        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        found.append(
-            f"parallel.context={config.parallel.context}: NeMo-RL splits only packed rows; set trainer.pack_tokens to "
-            f"{longest} or more"
-        )
-    if (algo.icepop_low is None) != (algo.icepop_high is None):
-        found.append(
-            f"algo.icepop_low={algo.icepop_low}, algo.icepop_high={algo.icepop_high}: NeMo-RL needs both bounds; give "
-            "both, or engine=megatron"
-        )
-    if algo.tis_cap is not None and algo.icepop_high is not None:
-        found.append(
-            f"algo.tis_cap={algo.tis_cap} beside algo.icepop_high={algo.icepop_high}: NeMo-RL does one of them; set "
-            "one to null, or engine=megatron"
-        )
-    if algo.aggregation == "constant":
-        found.append(
-            "algo.aggregation=constant: NeMo-RL divides by tokens or rollouts; use token_mean or rollout_mean, or "
-            "algo=nemo_rl"
-        )
-    return found

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from echorl_nemo.engines.nemo_rl import upstream
-from echorl_nemo.engines.nemo_rl.config import echorl_config, problems
+from echorl_nemo.checks.nemo_rl import host_problems, upstream_problems
+from echorl_nemo.engines.nemo_rl.config import echorl_config
+from echorl_nemo.engines.nemo_rl.install import installed
 from echorl_nemo.engines.nemo_rl.step import EchoStep
-from echorl_nemo.errors import UserError
+from echorl_nemo.engines.nemo_rl.upstream import run_script
+from echorl_nemo.errors import UserError, print_error, raise_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,15 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(arguments)
     try:
         config = load(args.config, overrides)
-        script = upstream.run_script()
-        if found := [*upstream.missing_names(), *problems(config)]:
-            raise UserError("\n".join(found))
+        script = run_script()
+        raise_problems([*upstream_problems(), *host_problems(config)])
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_error(error)
         return 1
     sys.argv = [str(script), "--config", args.config, *overrides]
-    with upstream.installed(EchoStep(echorl_config(config["loss_fn"]))):
+    with installed(EchoStep(echorl_config(config["loss_fn"]))):
         runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -6,13 +6,8 @@ No file of NeMo-RL is changed: its own `examples/run_grpo.py` runs, and meanwhil
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-from echorl_nemo.engines.nemo_rl.step import EchoStep
 from echorl_nemo.errors import UserError
 
 WORKER = "echorl_nemo.engines.nemo_rl.worker.EchoMegatronPolicyWorker"
@@ -38,7 +33,7 @@ WORKER_FILES: dict[str, tuple[str, ...]] = {
 
 
 def missing_names() -> list[str]:
-    """A problem for each name that EchoRL uses and the installed NeMo-RL does not have."""
+    """The names that EchoRL uses and the installed NeMo-RL does not have."""
     found = []
     for module_name, names in NAMES.items():
         module = importlib.import_module(module_name)
@@ -48,10 +43,7 @@ def missing_names() -> list[str]:
         path = root / file
         source = path.read_text(encoding="utf-8") if path.is_file() else ""
         found += [f"{file}: {text}" for text in texts if text not in source]
-    return [
-        f"this NeMo-RL has no {name}; use v0.6.0, v0.7.0 or main of 2026-08-22, which EchoRL was tested with"
-        for name in found
-    ]
+    return found
 
 
 def run_script() -> Path:
@@ -80,39 +72,3 @@ def register_worker() -> str:
         python = venvs.create_local_venv_on_each_node(py_executable=python, venv_name=UPSTREAM_WORKER)
     registry[WORKER] = python
     return WORKER
-
-
-@contextmanager
-def installed(step: EchoStep) -> Iterator[None]:
-    """Meanwhile `nemo_rl.algorithms.grpo` uses our policy, our loss, and advantage estimators that show ``step`` the
-    rewards."""
-    from echorl_nemo.engines.nemo_rl.loss import EchoClippedPGLossFn
-    from echorl_nemo.engines.nemo_rl.policy import EchoPolicy
-
-    grpo = importlib.import_module("nemo_rl.algorithms.grpo")
-    policy = type("EchoPolicy", (EchoPolicy,), {"step": step})
-    with ExitStack() as stack:
-        for name, ours in (
-            ("Policy", policy),
-            ("ClippedPGLossFn", EchoClippedPGLossFn),
-            ("_create_advantage_estimator", recording_rewards(grpo._create_advantage_estimator, step)),
-        ):
-            stack.enter_context(mock.patch.object(grpo, name, ours))
-        yield
-
-
-def recording_rewards(create: Callable[..., Any], step: EchoStep) -> Callable[..., Any]:
-    """``create``, changed so that its estimators record the rewards that they are given in ``step``."""
-
-    def create_recording(*args: Any, **kwargs: Any) -> Any:
-        estimator = create(*args, **kwargs)
-        compute = estimator.compute_advantage
-
-        def compute_advantage(**given: Any) -> Any:
-            step.record_rewards(given["prompt_ids"], given["rewards"], given.get("repeated_batch"))
-            return compute(**given)
-
-        estimator.compute_advantage = compute_advantage
-        return estimator
-
-    return create_recording

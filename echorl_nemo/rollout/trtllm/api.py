@@ -70,20 +70,6 @@ def load_api() -> TrtllmApi:
     )
 
 
-def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:
-    """Problems of the user's arguments of AsyncLLM, the value of the key ``field``."""
-    return [
-        f"{field}.{name}={extra[name]!r}: {reason}; leave it out"
-        for name, reason in REFUSED.items()
-        if not _is_neutral(extra.get(name))
-    ]
-
-
-def _is_neutral(value: Any) -> bool:
-    """Whether an argument is absent, off, or a size of one."""
-    return value is None or value is False or (value == 1 and value is not True)
-
-
 def llm_arguments(
     api: TrtllmApi,
     *,

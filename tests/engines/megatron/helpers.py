@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.echo import segment_steps
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.resilience.stop import StopSignals
@@ -58,14 +58,14 @@ def trainer_of(config: RunConfig) -> Trainer:
     """On a rank: the trainer of ``config``."""
     config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
     watchdog = Watchdog(None, torch.distributed.get_rank(), limit_seconds=0)
-    return build_trainer(config, check(config), PLATFORM, initialize_parallel(config, PLATFORM), watchdog)
+    return build_trainer(config, checked_inputs(config), PLATFORM, initialize_parallel(config, PLATFORM), watchdog)
 
 
 def run_to_end(config: RunConfig, signals: StopSignals | None = None) -> int:
     """On a rank: what `echorl-nemo train` does there; returns the exit code."""
     with ExitStack() as closers:
         signals = signals or StopSignals().listen()
-        return run_rank(config, to_yaml(config), check(config), PLATFORM, signals, closers)
+        return run_rank(config, to_yaml(config), checked_inputs(config), PLATFORM, signals, closers)
 
 
 def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None) -> RolloutBatch:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.bridge import AutoBridge
 
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.engines.megatron import model as built
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
@@ -112,4 +112,4 @@ def test_updates_with_unequal_numbers_of_micro_batches_end(ranks: Ranks, tmp_pat
 def test_training_with_spread_experts_is_refused_without_transformer_engine(tmp_path: Path) -> None:
     make_model("qwen3-moe", tmp_path / "model")
     with pytest.raises(UserError, match="parallel.expert=2: without Transformer Engine"):
-        check(_config(tmp_path, "trainer.export=false"), PLATFORM)
+        checked_inputs(_config(tmp_path, "trainer.export=false"), PLATFORM)

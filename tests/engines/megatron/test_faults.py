@@ -94,7 +94,7 @@ def test_no_run_starts_over_because_every_checkpoint_is_damaged(ranks: Ranks, tm
     before = metrics_of(tmp_path)
     for _ in range(2):  # nor at the next try
         for code, message in ranks(2, told_by, run_config(tmp_path, *LAYOUTS["TP2"], RESUME)):
-            assert code == -1 and "no checkpoint is sound of step-000003, step-000004" in message
+            assert code == -1 and "every checkpoint is damaged (step-000003, step-000004)" in message
         assert metrics_of(tmp_path) == before
 
 
@@ -102,7 +102,7 @@ def test_no_run_starts_over_because_its_checkpoints_are_elsewhere(ranks: Ranks, 
     rows = [{"step": step, "reward": 0.5} for step in range(-1, 3)]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     ((code, message),) = ranks(1, told_by, run_config(tmp_path, SAVE, RESUME))
-    assert code == -1 and "3 steps were made and no checkpoint is there; is its storage mounted?" in message
+    assert code == -1 and "3 steps were made and there is no checkpoint; check that its storage is mounted" in message
     assert len(metrics_of(tmp_path)) == 4
 
 

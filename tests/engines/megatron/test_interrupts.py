@@ -94,7 +94,7 @@ def test_the_second_ctrl_c_ends_at_once(in_repository: Path, tmp_path: Path) -> 
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert output.count("error: interrupted twice: what was learnt since the last checkpoint is lost") == 1
+    assert output.count("error: interrupted twice: the steps since the last checkpoint are lost") == 1
     assert "Traceback" not in output
 
 

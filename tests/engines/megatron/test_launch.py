@@ -71,7 +71,7 @@ def test_srun_without_an_address_is_reported(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match="MASTER_ADDR is not set: under srun"):
+    with pytest.raises(UserError, match="MASTER_ADDR is not set; before srun"):
         launch(lambda _: 0, 2, PLATFORM, timeout_minutes=1)
 
 

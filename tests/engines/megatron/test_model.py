@@ -9,9 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from echorl_nemo.checks.hf_config import described_config
+from echorl_nemo.checks.model_build import platform_problems
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.megatron.checks import platform_problems
-from echorl_nemo.engines.megatron.layout import described_config, world_size
+from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import CONFIG_DIR
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, example_batch, prepared_batch, tiny_config, trainer_of

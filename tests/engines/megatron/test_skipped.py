@@ -111,7 +111,7 @@ def test_a_skipped_step_is_counted_and_its_batch_kept(ranks: Ranks, tmp_path: Pa
     printed = capfd.readouterr().out
     assert (
         "step 3/6 SKIPPED" in printed
-        and "warning: step 3 was not finite, 1 in a row, and not learnt from: optimizer step 1 of 2" in printed
+        and "warning: step 3 was not finite, 1 in a row, and is skipped: optimizer step 1 of 2" in printed
     )
 
 

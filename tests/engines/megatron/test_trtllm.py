@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.echo import segment_steps, select_clips
-from echorl_nemo.engines.megatron.checks import check
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.trainer import Trainer
 from echorl_nemo.errors import UserError
@@ -30,7 +30,7 @@ HARD = Behaviour(chunk_tokens=3, max_active=48, pause=0.3)
 def config_of(*overrides: str) -> RunConfig:
     with stub_trtllm.install():
         config = tiny_config(*overrides)
-        check(config)
+        checked_inputs(config)
         return config
 
 
@@ -210,9 +210,9 @@ def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any
     [
         (["+rollout.trtllm.extra.speculative_config={max_draft_len: 3}"], "with speculative decoding a step's logits"),
         (["+rollout.trtllm.extra.pipeline_parallel_size=2"], "pipeline_parallel_size=2: with pipeline parallelism"),
-        (["+rollout.trtllm.extra.max_beam_width=4"], "max_beam_width=4: beams share a request; leave it out"),
+        (["+rollout.trtllm.extra.max_beam_width=4"], "max_beam_width=4: several beams share a request; leave it out"),
         (["+rollout.trtllm.extra.enable_attention_dp=true"], "enable_attention_dp=True: with attention data"),
-        (["+rollout.trtllm.extra.orchestrator_type=rpc"], "orchestrator_type='rpc': the probe is mixed into Ray"),
+        (["+rollout.trtllm.extra.orchestrator_type=rpc"], "orchestrator_type='rpc': the probe needs Ray workers"),
         (["rollout.trtllm.colocated=false"], "rollout.trtllm.colocated=false: weights travel as handles"),
         (["rollout.temperature=0.7", "algo.importance=rollout"], "rollout.temperature=0.7: TensorRT-LLM's log-probs"),
         (["algo.importance=rollout"], "algo.importance=rollout skips the scoring pass"),
@@ -220,7 +220,7 @@ def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any
 )
 def test_refusals(overrides: list[str], message: str) -> None:
     with stub_trtllm.install(), pytest.raises(UserError) as caught:
-        check(tiny_config(*TRTLLM, *overrides))
+        checked_inputs(tiny_config(*TRTLLM, *overrides))
     assert message in str(caught.value)
 
 
@@ -228,7 +228,7 @@ def test_without_tensorrt_llm() -> None:
     with pytest.raises(
         UserError, match="the package tensorrt_llm is not installed; run in a container that carries it"
     ):
-        check(tiny_config(*TRTLLM))
+        checked_inputs(tiny_config(*TRTLLM))
     with pytest.raises(UserError, match="algo.tis_cap=2.0 corrects the ratio .* use null, or importance=policy"):
         tiny_config("algo.importance=rollout", "algo.tis_cap=2.0")
 

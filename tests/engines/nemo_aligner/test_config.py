@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, batch_problems, method_config, parse_section
-from echorl_nemo.errors import UserError
+from echorl_nemo.checks.nemo_aligner import batch_problems, method_problems
+from echorl_nemo.engines.nemo_aligner.config import VerifierConfig, method_config, parse_section
+from echorl_nemo.errors import UserError, raise_problems
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "conf" / "nemo_aligner"
 NAMES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
@@ -57,7 +58,7 @@ def test_every_optimizer_parses(name: str) -> None:
 )
 def test_what_cannot_be_is_reported(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        method_config(load("tiny_chain", override).model)
+        raise_problems(method_problems(*method_config(load("tiny_chain", override).model)))
     assert message in str(caught.value)
 
 
@@ -73,7 +74,9 @@ def test_all_sizes_that_do_not_divide_are_reported() -> None:
     problems = batch_problems(config.trainer.grpo, config.model, data_parallel=3)
     assert len(problems) == 5
     assert problems[0].startswith("trainer.grpo.num_rollouts_per_prompt=1")
-    assert "replicas=48 does not divide the 16 prompts of a step" in problems[1]
-    assert "replicas=48 does not divide the 64 prompts of a validation" in problems[2]
-    assert problems[3] == "model.global_batch_size=48 does not divide the 16 rollouts of a step"
-    assert "forward_micro_batch_size=16 does not divide the 5 rollouts of a replica" in problems[4]
+    assert "replicas=48: it does not divide the 16 prompts of a step" in problems[1]
+    assert "replicas=48: it does not divide the 64 prompts of a validation" in problems[2]
+    assert (
+        problems[3] == "model.global_batch_size=48: it does not divide the 16 rollouts of a step; use a divisor of 16"
+    )
+    assert "forward_micro_batch_size=16: it does not divide the 5 rollouts of a replica" in problems[4]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from echorl_nemo.checks.nemo_aligner import batch_problems
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.nemo_aligner.config import batch_problems, method_config
+from echorl_nemo.engines.nemo_aligner.config import method_config
 from echorl_nemo.engines.nemo_aligner.overrides import overrides
 from echorl_nemo.schema import RunConfig
 from tests.engines.nemo_aligner.test_config import load

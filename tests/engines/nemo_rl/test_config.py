@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from echorl_nemo.engines.nemo_rl.config import echorl_config, problems
+from echorl_nemo.checks.nemo_rl import host_problems
+from echorl_nemo.engines.nemo_rl.config import echorl_config
 from echorl_nemo.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "conf" / "nemo_rl"
@@ -30,7 +31,7 @@ def with_setting(key: str, value: Any) -> dict[str, Any]:
 
 
 def test_a_good_configuration_passes() -> None:
-    assert problems(GOOD) == []
+    assert host_problems(GOOD) == []
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,14 @@ def test_a_good_configuration_passes() -> None:
     ],
 )
 def test_every_guard_fires(key: str, value: Any, message: str) -> None:
-    (problem,) = problems(with_setting(key, value))
+    (problem,) = host_problems(with_setting(key, value))
     assert problem.startswith(message) or message in problem
 
 
 def test_a_log_prob_pass_for_the_error_threshold_is_enough() -> None:
     config = with_setting("loss_fn.force_on_policy_ratio", True)
     config["grpo"]["seq_logprob_error_threshold"] = 2.0
-    assert problems(config) == []
+    assert host_problems(config) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,7 +73,7 @@ def test_every_recipe_parses(recipe: str) -> None:
         merged[section] |= values.get(section, {})
     merged["policy"] |= values.get("policy", {})
     merged["policy"]["megatron_cfg"]["enabled"] = True
-    assert problems(merged) == []
+    assert host_problems(merged) == []
 
 
 def test_there_are_recipes() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from echorl_nemo.checks.nemo_rl import translation_problems
 from echorl_nemo.config import load_config
-from echorl_nemo.engines.nemo_rl.overrides import overrides, untranslatable
+from echorl_nemo.engines.nemo_rl.overrides import overrides
 from echorl_nemo.schema import RunConfig
 
 ABSENT = {
@@ -25,7 +26,7 @@ def settings(*changes: str, evaluate: bool = True) -> dict[str, Any]:
          "parallel.context=2", "trainer.pack_tokens=16384", "parallel.data=1", "trainer.run_dir=/shared/run", *changes],
         schema=RunConfig,
     )  # fmt: skip
-    assert untranslatable(config) == []
+    assert translation_problems(config) == []
     lines = overrides(
         config, train=Path("/launch/train.jsonl"), evaluate=Path("/launch/eval.jsonl") if evaluate else None,
         eval_prompts=500 if evaluate else 0, stop_ids=[128001, 128009],

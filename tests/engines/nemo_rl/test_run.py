@@ -11,6 +11,7 @@ import yaml
 
 from echorl_nemo.echo import EchoRLConfig
 from echorl_nemo.engines.nemo_rl import run, upstream
+from echorl_nemo.engines.nemo_rl.install import installed, recording_rewards
 from echorl_nemo.engines.nemo_rl.step import EchoStep
 from echorl_nemo.errors import UserError
 from tests.engines.nemo_rl.conftest import REAL
@@ -54,7 +55,7 @@ print(json.dumps({"grad": float(results["grad_norm"]), "clips": results["all_mb_
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a script, and the files that the upstream are looked for in."""
+    """A checkout with a script, and the files in which names of upstream are looked for."""
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "run_grpo.py").write_text(SCRIPT)
     for file, texts in upstream.WORKER_FILES.items():
@@ -87,7 +88,7 @@ def test_an_all_correct_step_learns(home: Path, capsys: pytest.CaptureFixture[st
 def test_nothing_of_ours_stays(home: Path) -> None:
     grpo = sys.modules["nemo_rl.algorithms.grpo"]
     before = grpo.Policy, grpo.ClippedPGLossFn
-    with upstream.installed(EchoStep(EchoRLConfig())):
+    with installed(EchoStep(EchoRLConfig())):
         assert grpo.Policy is not before[0] and grpo.ClippedPGLossFn is not before[1]
     assert (grpo.Policy, grpo.ClippedPGLossFn) == before
 
@@ -118,7 +119,7 @@ def test_without_the_script(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_estimators_are_watched() -> None:
     step = EchoStep(EchoRLConfig())
     create = sys.modules["nemo_rl.algorithms.grpo"]._create_advantage_estimator
-    estimator = upstream.recording_rewards(create, step)({})
+    estimator = recording_rewards(create, step)({})
     rewards = torch.tensor([1.0, 0.0])
     ids = torch.tensor([[3, 4], [3, 4]])
     advantages = estimator.compute_advantage(prompt_ids=ids, rewards=rewards, mask=torch.ones(2, 3))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echorl_nemo.engines.megatron.checks import check
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.families import TINY_CHAIN, make_model
 from tests.engines.megatron.helpers import PLATFORM, tiny_config
@@ -23,7 +23,7 @@ def problems_of(path: Path, *overrides: str) -> list[str]:
     """Every problem of a run of the model at ``path``; none if it may start."""
     config = tiny_config(f"model.path={path}", "data.eval=null", *overrides)
     try:
-        check(config, PLATFORM)
+        checked_inputs(config, PLATFORM)
     except UserError as error:
         return str(error).splitlines()
     return []
@@ -90,19 +90,19 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "config is no JSON": (written("config.json", "{oops"), "no Hugging Face model can be read"),
     "config is a list": (written("config.json", "[1]"), "no Hugging Face model can be read"),
     "unknown model_type": (changed("config.json", model_type="qwen9"), "no Hugging Face model can be read"),
-    "another width": (changed("config.json", hidden_size=96), "model.embed_tokens.weight is [40, 64]"),
+    "another width": (changed("config.json", hidden_size=96), "model.embed_tokens.weight has shape [40, 64]"),
     "another vocabulary": (changed("config.json", vocab_size=64), "config.json asks for [64, 64]"),
-    "too many layers": (changed("config.json", num_hidden_layers=3, layer_types=None), "are not there"),
-    "too few layers": (changed("config.json", num_hidden_layers=1, layer_types=None), "config.json does not ask for"),
+    "too many layers": (changed("config.json", num_hidden_layers=3, layer_types=None), "are missing"),
+    "too few layers": (changed("config.json", num_hidden_layers=1, layer_types=None), "config.json has no place for"),
     "heads as a text": (changed("config.json", num_attention_heads="four"), "num_attention_heads='four'; correct it"),
     "no heads": (changed("config.json", num_attention_heads=0), "num_attention_heads=0; correct it"),
     "truncated weights": (truncated("model.safetensors"), "model.safetensors is damaged"),
     "empty weights": (written("model.safetensors", ""), "model.safetensors is damaged"),
-    "no weights": (removed("model.safetensors"), "no .safetensors file is there"),
-    "a shard is missing": (_two_shards_of_three, "two.safetensors is not there, model.safetensors.index.json names it"),
+    "no weights": (removed("model.safetensors"), "there is no .safetensors file"),
+    "a shard is missing": (_two_shards_of_three, "two.safetensors is missing, model.safetensors.index.json names it"),
     "index is no JSON": (written("model.safetensors.index.json", "{"), "model.safetensors.index.json cannot be read"),
-    "a weight is missing": (weights(lambda held: held.pop("model.norm.weight")), "model.norm.weight is not there"),
-    "a weight too many": (weights(lambda held: held.update(extra=torch.ones(2))), "does not ask for extra"),
+    "a weight is missing": (weights(lambda held: held.pop("model.norm.weight")), "model.norm.weight is missing"),
+    "a weight too many": (weights(lambda held: held.update(extra=torch.ones(2))), "has no place for extra"),
     "quantised": (
         weights(lambda held: held.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})), "as I8; use",
     ),

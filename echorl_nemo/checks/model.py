@@ -1,6 +1,7 @@
-"""Whether the files of a model agree with its config.json and with its tokenizer, without loading a weight."""
+"""Checks of the model's files, its position encoding, and its tokenizer, without loading a weight."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,76 @@ import safetensors
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from echorl_nemo.checks.hf_config import read_hf_config
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron.model_settings import MAPPED_FAMILIES, ROPE_TYPES, attention_settings, rope_type
+from echorl_nemo.errors import UserError
 from echorl_nemo.schema import ModelConfig
 
+SAME_SIZES = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys in which `model.architecture` and the model's own config.json must agree."""
+
+
 INDEX = "model.safetensors.index.json"
+
+
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Types of weights that are not quantised, as safetensors names them."""
+
+
 SHOWN = 3
 """Number of weights that a message names."""
 
+
 Shapes = dict[str, tuple[int, ...]]
+
+
+def read_tokenizer(model: ModelConfig) -> Tokenizer:
+    """Load the tokenizer of `model.path` with the settings of `model`. Raises UserError if it cannot be used."""
+    return Tokenizer(
+        model.path,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=model.chat_template,
+        stop_tokens=model.stop_tokens,
+        keep_special_tokens=model.keep_special_tokens,
+        verify=model.verify == "auto",
+    )
+
+
+def path_problems(model: ModelConfig) -> list[str]:
+    """Problems if the model at `model.path` cannot be read, or is not the one that `model.architecture` describes."""
+    try:
+        own = read_hf_config(model)
+    except UserError as error:
+        return [str(error)]
+    return [
+        f"model.path={model.path}: its config.json has {name}={getattr(own, name, None)}, model.architecture "
+        f"{model.architecture[name]}; choose the model= that goes with the path, or model=hf"
+        for name in SAME_SIZES
+        if name in model.architecture and getattr(own, name, None) != model.architecture[name]
+    ]
+
+
+def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
+    """A problem if Megatron's model cannot have the model's position encoding."""
+    kind = rope_type(hf_config)
+    if hf_config.model_type not in MAPPED_FAMILIES:
+        return []
+    if kind in ROPE_TYPES:
+        settings = attention_settings(hf_config)
+        assert settings is not None
+        sound = bool((settings.inverse_frequencies > 0).all() and settings.inverse_frequencies.isfinite().all())
+        if sound and math.isfinite(settings.scale) and settings.scale > 0:
+            return []
+        return [f"model.path={path}: its rope_scaling gives frequencies that are not positive; correct its config.json"]
+    return [
+        f"model.path={path}: its config.json has rope_scaling of type {kind!r}, which this engine does not have; use a "
+        f"model with one of {', '.join(ROPE_TYPES)}"
+    ]
 
 
 def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str]:

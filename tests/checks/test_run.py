@@ -1,13 +1,12 @@
 """Bad input stops before a rank starts, with the field, the value and the remedy."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from echorl_nemo.engines.megatron.checks import check, package_problems
+from echorl_nemo.checks.run import checked_inputs
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.helpers import tiny_config
@@ -17,7 +16,7 @@ def problems(*overrides: str) -> str:
     config = tiny_config(*overrides)
     world_size(config)
     with pytest.raises(UserError) as caught:
-        check(config)
+        checked_inputs(config)
     return str(caught.value)
 
 
@@ -72,7 +71,7 @@ def test_a_vocabulary_without_the_boundary(tiny_chain: Path, tmp_path: Path) -> 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "holds a run already; set trainer.resume=true" in problems(f"trainer.run_dir={tmp_path}")
-    check(tiny_config(f"trainer.run_dir={tmp_path}", "trainer.resume=true"))
+    checked_inputs(tiny_config(f"trainer.run_dir={tmp_path}", "trainer.resume=true"))
 
 
 @pytest.mark.parametrize(
@@ -96,11 +95,3 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(UserError, match=r"6 ranks were started, but parallel.tensor=2 .* is 4; start 4, or change"):
         world_size(config)
-
-
-def test_trackers_that_are_not_installed_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = tiny_config("logger.wandb_project=mine", "rollout.engine=trtllm")
-    printed = "\n".join(package_problems(config))
-    assert "logger.wandb_project=mine: the package wandb is not installed; install it, or use null" in printed
-    assert "rollout.engine=trtllm: the package tensorrt_llm is not installed" in printed

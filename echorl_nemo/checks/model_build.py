@@ -15,10 +15,12 @@ from typing import Any
 import safetensors
 from transformers import PretrainedConfig
 
-from echorl_nemo.engines.megatron.model_files import weight_problems
-from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings, settings_problems
+from echorl_nemo.checks.hf_config import number_of_experts, read_hf_config
+from echorl_nemo.checks.model import settings_problems, weight_problems
+from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings
 from echorl_nemo.engines.megatron.platform import Platform
-from echorl_nemo.schema import ModelConfig, ParallelConfig
+from echorl_nemo.errors import UserError
+from echorl_nemo.schema import EvaluateConfig, ModelConfig, ParallelConfig, RunConfig
 
 SECONDS = 300.0
 """Time limit of the check, seconds. After it the model counts as sound, and the ranks find what is wrong."""
@@ -26,7 +28,32 @@ NOT_MAPPED = ("inv_freq", "_extra_state")
 """Suffixes of names in weight files that are not weights."""
 
 
-def rehearse(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
+def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) -> list[str]:
+    """Problems if the native engine cannot build the model on ``platform``, or if the model is a mixture of experts and
+    Megatron-Bridge 0.3.1 needs Transformer Engine for it."""
+    try:
+        hf_config = read_hf_config(config.model)
+    except UserError:  # `path_problems` reports it
+        return []
+    problems = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each node is enough
+        problems += build_problems(config.model, hf_config, platform)
+    if platform.transformer_engine or not number_of_experts(hf_config):
+        return problems
+    if config.parallel.expert > 1:
+        problems.append(
+            f"parallel.expert={config.parallel.expert}: without Transformer Engine each rank would load the first "
+            "rank's experts; use 1, or a machine that has it"
+        )
+    if isinstance(config, RunConfig) and config.trainer.export:
+        problems.append(
+            "trainer.export=true: without Transformer Engine the experts cannot be written as a Hugging Face folder; "
+            "use false, checkpoints are saved all the same"
+        )
+    return problems
+
+
+def build_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
     """Problems because of which this engine cannot train the model on this platform."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -54,14 +81,14 @@ def _in_a_process(sender: Connection, model: ModelConfig, hf_config: PretrainedC
             problems = [_message(model, f"transformers cannot build it: {_words(error)}", "correct its config.json")]
         if not problems:
             try:
-                problems = _build_problems(model, hf_config, platform)
+                problems = _mapping_problems(model, hf_config, platform)
             except Exception as error:  # noqa: BLE001  Megatron-Bridge and Megatron raise anything for an unusual model
                 what = f"a {hf_config.model_type} cannot be built by Megatron-Bridge here: {_words(error)}"
                 problems = [_message(model, what, "use an architecture that is listed in README")]
         sender.send(problems)
 
 
-def _build_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
+def _mapping_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
     """Problems of weights that Megatron's model has no place for, and of places that have no weight."""
     from megatron.bridge import AutoBridge  # imports only with the stand-ins that ``platform`` put in place
 

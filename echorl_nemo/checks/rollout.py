@@ -1,0 +1,70 @@
+"""Checks of the rollout engine, and of settings that use its numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from echorl_nemo.rollout.trtllm.api import REFUSED
+from echorl_nemo.schema import RunConfig
+
+
+def native_problems(config: RunConfig) -> list[str]:
+    """Problems of a run on the native engine that follow from its settings."""
+    return [*engine_problems(config), *rollout_problems(config)]
+
+
+def engine_problems(config: RunConfig) -> list[str]:
+    """Problems of settings that only other engines support."""
+    problems = []
+    if config.rollout.engine == "vllm":
+        problems.append("rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl")
+    if config.parallel.context > 1:
+        problems.append(
+            f"parallel.context={config.parallel.context}: the native engine does not split sequences; use 1, or "
+            "engine=nemo_rl"
+        )
+    return problems
+
+
+def rollout_problems(config: RunConfig) -> list[str]:
+    """Problems of settings that the rollout engine does not support, or that contradict each other."""
+    rollout, algo, echorl = config.rollout, config.algo, config.echorl
+    problems = []
+    if rollout.engine == "trtllm":
+        problems += refused_problems(rollout.trtllm.extra, "rollout.trtllm.extra")
+        if not rollout.trtllm.colocated:
+            problems.append(
+                "rollout.trtllm.colocated=false: weights are transferred through the memory of a GPU that trainer and "
+                "engine share; use true"
+            )
+        if rollout.trtllm.timeout_minutes >= config.trainer.timeout_minutes:
+            problems.append(
+                f"rollout.trtllm.timeout_minutes={rollout.trtllm.timeout_minutes:g}: the other ranks wait for the "
+                f"engine no longer than trainer.timeout_minutes={config.trainer.timeout_minutes}; use less, or raise "
+                "that"
+            )
+        needs = algo.importance == "rollout" or algo.tis_cap or algo.icepop_low or algo.icepop_high
+        if needs and rollout.temperature != 1.0:
+            problems.append(
+                f"rollout.temperature={rollout.temperature}: TensorRT-LLM's log-probs are those of temperature 1, and "
+                "algo.importance=rollout, tis_cap and icepop need those that were sampled from; use 1"
+            )
+    if algo.importance == "rollout" and echorl.enabled and echorl.entropy_source != "rollout":
+        problems.append(
+            "algo.importance=rollout skips the scoring pass, which gives the entropies of "
+            "echorl.entropy_source=policy; use entropy_source=rollout, importance=policy, or echorl=off"
+        )
+    return problems
+
+
+def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:
+    """Problems of the user's arguments of AsyncLLM, the value of the key ``field``."""
+    return [
+        f"{field}.{name}={extra[name]!r}: {reason}; leave it out"
+        for name, reason in REFUSED.items()
+        if not _is_neutral(extra.get(name))
+    ]
+
+
+def _is_neutral(value: Any) -> bool:
+    """Whether an argument is absent, off, or a size of one."""
+    return value is None or value is False or (value == 1 and value is not True)
