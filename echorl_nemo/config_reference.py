@@ -34,7 +34,8 @@ def allowed(spec: Field) -> str:
     """The allowed values of a field as text: an interval or a list of words; empty if any value of its type is
     allowed."""
     if CHOICES in spec.metadata:
-        return ", ".join(spec.metadata[CHOICES])
+        words = spec.metadata[CHOICES]
+        return ", ".join([*words, *(["package.module:function"] if getattr(words, "accepts_functions", False) else [])])
     return spec.metadata[INTERVAL].text if INTERVAL in spec.metadata else ""
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from echorl_nemo.engines.nemo_rl.config import echorl_config, get
-from echorl_nemo.engines.nemo_rl.overrides import UNREAD
+from echorl_nemo.engines.nemo_rl.overrides import ESTIMATORS, LOSSES, UNREAD
 from echorl_nemo.engines.nemo_rl.upstream import missing_names
 from echorl_nemo.errors import UserError
 from echorl_nemo.schema import RunConfig, changed
@@ -40,6 +40,11 @@ def translation_problems(config: RunConfig) -> list[str]:
     ):
         if value != wanted:
             found.append(f"{key}={value}: NeMo-RL does not support it; use {wanted}, or engine=megatron")
+    found += [
+        f"{key}={value}: NeMo-RL does not support it; use one of {', '.join(known)}, or engine=megatron"
+        for key, value, known in (("algo.estimator", algo.estimator, ESTIMATORS), ("algo.loss", algo.loss, LOSSES))
+        if value not in known
+    ]
     found += [
         f"{key}={value}: NeMo-RL does not read it; leave it out, or use engine=megatron"
         for key, value in changed(config, UNREAD)

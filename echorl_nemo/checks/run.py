@@ -15,6 +15,7 @@ from echorl_nemo.checks.files import (
     out_problems,
     run_dir_problems,
 )
+from echorl_nemo.checks.functions import function_problems
 from echorl_nemo.checks.hf_config import known_config, positions, vocab_size
 from echorl_nemo.checks.layout import arithmetic_problems, layout_problems
 from echorl_nemo.checks.model import path_problems, prompt_problems, read_tokenizer, token_problems
@@ -76,6 +77,8 @@ def check_run(
         found.problems += nemo_path_problems(config)
     elif found.hf_config is not None:
         found.problems += position_problems(config, found.hf_config)
+    if packages:
+        found.problems += function_problems(config)
     if packages and config.engine == "megatron":
         found.problems += package_problems(config)
     if platform is not None:

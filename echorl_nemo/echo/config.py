@@ -4,12 +4,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from echorl_nemo.ops.ranges import check_fields, choice, number
+from echorl_nemo.ops.registry import Registry
 
-SCOPES = ("success", "degenerate")
-PER_GROUP = ("all", "top")
+SCOPES = Registry(
+    "echorl.scope",
+    {"success": "echorl_nemo.echo.eligible:success", "degenerate": "echorl_nemo.echo.eligible:degenerate"},
+)
+PER_GROUP = Registry(
+    "echorl.per_group",
+    {"all": "echorl_nemo.echo.eligible:all_of_group", "top": "echorl_nemo.echo.eligible:top_of_group"},
+)
 STEP_REDUCTIONS = ("mean", "max", "sum")
-SPANS = ("prefix", "full", "peak_step", "tail", "random_prefix", "lowest_prefix", "shuffled_prefix")
-NORMALIZERS = ("clip_tokens", "response_tokens", "clips")
+SPANS = Registry(
+    "echorl.span",
+    {
+        name: f"echorl_nemo.echo.spans:{name}"
+        for name in ("prefix", "full", "peak_step", "tail", "random_prefix", "lowest_prefix", "shuffled_prefix")
+    },
+    accepts_functions=True,
+)
+NORMALIZERS = Registry(
+    "echorl.normalizer",
+    {name: f"echorl_nemo.echo.loss:count_{name}" for name in ("clip_tokens", "response_tokens", "clips")},
+)
 ENTROPY_SOURCES = ("policy", "rollout")
 
 
@@ -44,7 +61,7 @@ class EchoRLConfig:
     """Part of the response that is the clip. `prefix`: from its first token to the last of the peak step, the EchoClip.
     Controls: `full`, `peak_step`, `tail` (after the peak), `random_prefix` (ends with a random step),
     `lowest_prefix` (ends with the step of lowest entropy), `shuffled_prefix` (ends at the relative peak position of
-    another success)."""
+    another success). Or your own, `package.module:function`: see `echorl_nemo.echo.spans`."""
 
     normalizer: str = choice("clip_tokens", NORMALIZERS)
     """Divisor of the summed clip loss, counted over the whole optimizer step: `clip_tokens`, `response_tokens` or

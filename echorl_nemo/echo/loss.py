@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from echorl_nemo.echo.config import NORMALIZERS
+
 
 def clip_loss(logprobs: Tensor, clip_mask: Tensor, denominator: float | Tensor) -> Tensor:
     """-(1/Z) times the sum over clip tokens of log pi, a scalar in nats.
@@ -21,14 +23,20 @@ def clip_denominator(clip_mask: Tensor, response_mask: Tensor, normalizer: str) 
     ``normalizer``: `clip_tokens`, `response_tokens` (of every rollout, with a clip or not) or `clips` (rollouts with
     a clip; exact only if rows are not split over context-parallel ranks).
     """
-    match normalizer:
-        case "clip_tokens":
-            return clip_mask.sum().double()
-        case "response_tokens":
-            return response_mask.sum().double()
-        case "clips":
-            return clip_mask.any(dim=1).sum().double()
-        case _:
-            raise ValueError(
-                f"echorl.normalizer={normalizer!r} is not known; use one of clip_tokens, response_tokens, clips"
-            )
+    count: Tensor = NORMALIZERS.load(normalizer)(clip_mask, response_mask)
+    return count.double()
+
+
+def count_clip_tokens(clip_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """Normalizer `clip_tokens`: number of clip tokens."""
+    return clip_mask.sum()
+
+
+def count_response_tokens(clip_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """Normalizer `response_tokens`: number of response tokens of all rollouts."""
+    return response_mask.sum()
+
+
+def count_clips(clip_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """Normalizer `clips`: number of rollouts with a clip."""
+    return clip_mask.any(dim=1).sum()

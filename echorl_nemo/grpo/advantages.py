@@ -1,9 +1,15 @@
-"""Advantages of rollouts within their groups, or within their batch."""
+"""Advantages of rollouts within their groups, or within their batch, by `algo.estimator`.
+
+Each estimator is a function of (rewards [N], group_ids [N], epsilon) that returns advantages [N]. A user's own function
+has the same form.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from echorl_nemo.grpo.config import ESTIMATORS, GROUP_ESTIMATORS
+from echorl_nemo.grpo.config import ESTIMATORS
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsilon: float = 1e-6) -> Tensor:
@@ -15,22 +21,63 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsi
 
     Raises ValueError for a group of one rollout, which has nothing to compare with.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"algo.estimator={estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
-    compared = group_ids if estimator in GROUP_ESTIMATORS else torch.zeros_like(group_ids)
-    ids, index, sizes = compared.unique(return_inverse=True, return_counts=True)
+    advantages: Tensor = ESTIMATORS.load(estimator)(rewards, group_ids, epsilon)
+    return advantages.float()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rewards compared with those of the same group."""
+
+    centred: Tensor
+    """[N] float64: the reward minus its group's mean."""
+    deviation: Tensor
+    """[N] float64: the unbiased standard deviation of its group."""
+    size: Tensor
+    """[N] int64: number of rollouts in its group."""
+    equal: Tensor
+    """[N] bool: all rewards of its group are equal."""
+
+    def zero_if_equal(self, advantages: Tensor) -> Tensor:
+        """``advantages`` [N] with exactly 0 where all compared rewards are equal."""
+        return torch.where(self.equal, 0.0, advantages)
+
+
+def compare(rewards: Tensor, group_ids: Tensor) -> Comparison:
+    """Compare the rewards [N] within each group. Raises ValueError for a group of one rollout."""
+    ids, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     if (sizes < 2).any():
         lonely = ids[sizes < 2].tolist()
-        raise ValueError(f"groups {lonely[:8]} have one rollout: {estimator} advantages need rollout.group_size >= 2")
+        raise ValueError(f"groups {lonely[:8]} have one rollout: advantages need rollout.group_size >= 2")
     values = rewards.double()
     mean = torch.zeros(len(ids), dtype=values.dtype, device=values.device).scatter_add_(0, index, values) / sizes
     centred = values - mean[index]
-    if estimator in ("grpo", "reinforce_plus_plus"):
-        squares = torch.zeros_like(mean).scatter_add_(0, index, centred.square())
-        centred = centred / ((squares / (sizes - 1)).sqrt()[index] + epsilon)
-    elif estimator == "rloo":
-        centred = centred * (sizes / (sizes - 1))[index]
-    return torch.where(equal_rewards(rewards, compared), 0.0, centred).float()
+    squares = torch.zeros_like(mean).scatter_add_(0, index, centred.square())
+    deviation = (squares / (sizes - 1)).sqrt()[index]
+    return Comparison(centred, deviation, sizes[index], equal_rewards(rewards, group_ids))
+
+
+def grpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """Reward minus its group's mean, divided by the group's standard deviation (arXiv 2402.03300, section 4.1.2)."""
+    group = compare(rewards, group_ids)
+    return group.zero_if_equal(group.centred / (group.deviation + epsilon))
+
+
+def dr_grpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """Reward minus its group's mean (arXiv 2503.20783, section 3.2)."""
+    group = compare(rewards, group_ids)
+    return group.zero_if_equal(group.centred)
+
+
+def rloo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """Reward minus the mean of the other rollouts of its group (arXiv 2402.14740, section 3.2)."""
+    group = compare(rewards, group_ids)
+    return group.zero_if_equal(group.centred * (group.size / (group.size - 1)))
+
+
+def reinforce_plus_plus(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """Reward minus the batch's mean, divided by the batch's standard deviation (arXiv 2501.03262, section 3)."""
+    return grpo(rewards, torch.zeros_like(group_ids), epsilon)
 
 
 def equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:

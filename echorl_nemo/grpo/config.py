@@ -3,14 +3,24 @@
 from dataclasses import dataclass
 
 from echorl_nemo.ops.ranges import check_fields, choice, number
+from echorl_nemo.ops.registry import Registry
 
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
-"""Estimators that compare the rollouts of a group."""
-LOSSES = ("clipped", "gspo", "cispo")
-AGGREGATIONS = ("rollout_mean", "token_mean", "constant")
+ESTIMATORS = Registry(
+    "algo.estimator",
+    {name: f"echorl_nemo.grpo.advantages:{name}" for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")},
+    accepts_functions=True,
+)
+LOSSES = Registry(
+    "algo.loss",
+    {name: f"echorl_nemo.grpo.loss:{name}_loss" for name in ("clipped", "gspo", "cispo")},
+    accepts_functions=True,
+)
+AGGREGATIONS = Registry(
+    "algo.aggregation",
+    {name: f"echorl_nemo.grpo.loss:{name}" for name in ("rollout_mean", "token_mean", "constant")},
+)
 DENOMINATORS = ("live", "all")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = Registry("algo.kl_estimator", {name: f"echorl_nemo.grpo.kl:{name}" for name in ("k1", "k2", "k3")})
 KL_PLACES = ("loss", "reward")
 IMPORTANCES = ("policy", "rollout")
 
@@ -23,12 +33,14 @@ class AlgoConfig:
     """Advantage of a rollout: `grpo`, reward less its group's mean, over the group's standard deviation
     (arXiv 2402.03300, section 4.1.2); `dr_grpo`, without the division (2503.20783, section 3.2); `rloo`, reward less
     the mean of the group's others (2402.14740, section 3.2); `reinforce_plus_plus`, reward less the whole batch's mean,
-    over its standard deviation (2501.03262, section 3)."""
+    over its standard deviation (2501.03262, section 3). Or your own, `package.module:function`: see
+    `echorl_nemo.grpo.advantages`."""
 
     loss: str = choice("clipped", LOSSES)
     """`clipped`, the ratio of each token clipped (1707.06347, equation 7); `gspo`, one ratio for a response, the
     geometric mean of its tokens' (2507.18071, equation 5); `cispo`, the clipped ratio as a constant weight of the
-    log-prob, so that every token keeps its gradient (2506.13585, equation 4)."""
+    log-prob, so that every token keeps its gradient (2506.13585, equation 4). Or your own, `package.module:function`:
+    see `echorl_nemo.grpo.loss`."""
 
     clip_low: float = number(0.2, "[0, 1]", "1 means no lower bound")
     """The probability ratio is clipped below at 1 - clip_low; 1 means no lower bound."""

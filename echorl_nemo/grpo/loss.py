@@ -1,5 +1,8 @@
 """Policy losses over rollouts.
 
+A loss (`algo.loss`) is a function like `clipped_loss`, which gives the loss of each token; a user's own function has
+the same form. An aggregation (`algo.aggregation`) gives the weight of each token.
+
 Every denominator is a count over the whole optimizer step (all micro-batches and data-parallel ranks), which the caller
 passes. So the losses and metrics of micro-batches add up to those of the step: no mean is taken of local means.
 
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echorl_nemo.grpo.config import AlgoConfig
+from echorl_nemo.grpo.config import AGGREGATIONS, LOSSES, AlgoConfig
 from echorl_nemo.grpo.kl import kl_estimate
 from echorl_nemo.grpo.mismatch import mismatch_weights, needs_mismatch_weights
 
@@ -73,7 +76,7 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
     log_ratio = torch.where(mask, inputs.logprobs - inputs.old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    token_loss, clipped = _surrogate(log_ratio, inputs, config, mask)
+    token_loss, clipped = LOSSES.load(config.loss)(log_ratio, inputs, config, mask)
     dropped = torch.zeros_like(mask)
     if needs_mismatch_weights(config):
         if inputs.rollout_logprobs is None:
@@ -109,29 +112,62 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     return LossOutputs(loss, metrics)
 
 
-def _surrogate(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each token, [N, S], and whether the clip changed it, [N, S] bool."""
-    advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
-    if config.loss == "gspo":
-        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+TokenLoss = tuple[Tensor, Tensor]
+"""Loss of each token, [N, S], and whether the clip changed it, [N, S] bool."""
+
+
+def clipped_loss(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> TokenLoss:
+    """Loss `clipped`: the ratio of each token is clipped (arXiv 1707.06347, equation 7).
+
+    ``log_ratio`` [N, S]: log-prob minus old log-prob; ``mask`` [N, S] bool: the tokens that take part in the loss.
+    """
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    if config.loss == "cispo":
-        logprobs = torch.where(mask, inputs.logprobs, 0.0)
-        return -bounded.detach() * advantages * logprobs, mask & (bounded != ratio)
-    unclipped, clipped = ratio * advantages, bounded * advantages
+    advantages = _per_token(inputs.advantages)
+    unclipped, clipped = ratio * advantages, _bounded(ratio, config) * advantages
     return -torch.minimum(unclipped, clipped), mask & (clipped < unclipped)
+
+
+def gspo_loss(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> TokenLoss:
+    """Loss `gspo`: one ratio for a response, the geometric mean of its tokens' (arXiv 2507.18071, equation 5)."""
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    of_response = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+    return clipped_loss(of_response, inputs, config, mask)
+
+
+def cispo_loss(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> TokenLoss:
+    """Loss `cispo`: the clipped ratio is a constant weight of the log-prob (arXiv 2506.13585, equation 4)."""
+    ratio = log_ratio.exp()
+    bounded = _bounded(ratio, config)
+    logprobs = torch.where(mask, inputs.logprobs, 0.0)
+    return -bounded.detach() * _per_token(inputs.advantages) * logprobs, mask & (bounded != ratio)
+
+
+def _bounded(ratio: Tensor, config: AlgoConfig) -> Tensor:
+    return ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+
+
+def _per_token(advantages: Tensor) -> Tensor:
+    """Advantages [N, 1] or [N, S]."""
+    return advantages if advantages.dim() == 2 else advantages[:, None]
 
 
 def token_weights(mask: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
     """The weight of each token in the loss, [N, S] float32; 0 outside ``mask``, the tokens that take part."""
-    counts = mask.float()
-    match config.aggregation:
-        case "rollout_mean":
-            lengths = counts.sum(dim=1, keepdim=True).clamp(min=1)
-            return counts / lengths / max(1.0, totals.rollouts)
-        case "token_mean":
-            return counts / max(1.0, totals.tokens)
-        case _:
-            return counts / (max(1.0, totals.rollouts) * config.constant_length)
+    weights: Tensor = AGGREGATIONS.load(config.aggregation)(mask.float(), totals, config)
+    return weights
+
+
+def rollout_mean(counts: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
+    """Aggregation `rollout_mean`: mean over each response, then over rollouts. ``counts`` [N, S]: the mask as float."""
+    lengths = counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return counts / lengths / max(1.0, totals.rollouts)
+
+
+def token_mean(counts: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
+    """Aggregation `token_mean`: mean over all tokens. ``counts`` [N, S]: the mask as float."""
+    return counts / max(1.0, totals.tokens)
+
+
+def constant(counts: Tensor, totals: StepTotals, config: AlgoConfig) -> Tensor:
+    """Aggregation `constant`: sum divided by rollouts x `constant_length`. ``counts`` [N, S]: the mask as float."""
+    return counts / (max(1.0, totals.rollouts) * config.constant_length)

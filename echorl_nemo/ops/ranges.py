@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from echorl_nemo.ops.registry import Registry, unknown_name
+
 INTERVAL = "interval"
 CHOICES = "words"
 NOTE = "note"
@@ -50,9 +52,9 @@ def number(default: Any, interval: str, note: str = "") -> Any:
     )
 
 
-def choice(default: str, words: Sequence[str]) -> Any:
-    """A dataclass field for one of ``words``."""
-    return field(default=default, metadata={CHOICES: tuple(words)})
+def choice(default: str, words: Sequence[str] | Registry) -> Any:
+    """A dataclass field for one of ``words``, or for a name of a registry."""
+    return field(default=default, metadata={CHOICES: words})
 
 
 def field_problems(config: Any, prefix: str) -> list[str]:
@@ -73,7 +75,7 @@ def _problems(config: Any, prefix: str) -> Iterator[str]:
         value, key = getattr(config, spec.name), f"{prefix}.{spec.name}"
         words, interval = spec.metadata.get(CHOICES), spec.metadata.get(INTERVAL)
         if words is not None and value not in words:
-            yield f"{key}={value!r} is not known; use one of {', '.join(words)}"
+            yield unknown_name(key, value, words)
         if interval is None or value is None or value == "???":  # omegaconf checks null and values that are missing
             continue
         if wrong := [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item not in interval]:

@@ -1,10 +1,10 @@
 """Experiment trackers. Each uses its own library, which is imported only if the configuration asks for it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from echorl_nemo.report.config import LoggerConfig
+from echorl_nemo.ops.registry import Registry
+from echorl_nemo.report.config import LoggerConfig
 
 
 class Tracker(Protocol):
@@ -22,7 +22,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes TensorBoard events to the run folder."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    def __init__(self, folder: Path, enabled: bool, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -39,7 +39,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs to a run of Weights & Biases named after the run folder. A resumed run continues it."""
 
-    def __init__(self, folder: Path, project: str) -> None:
+    def __init__(self, folder: Path, project: str, *, first_step: int) -> None:
         import wandb
 
         name = folder.resolve().name
@@ -55,7 +55,7 @@ class WeightsAndBiases:
 class MLflow:
     """Logs to a run of MLflow named after the run folder, which keeps its id. A resumed run continues it."""
 
-    def __init__(self, folder: Path, experiment: str) -> None:
+    def __init__(self, folder: Path, experiment: str, *, first_step: int) -> None:
         import mlflow
 
         self._mlflow: Any = mlflow
@@ -72,13 +72,22 @@ class MLflow:
         self._mlflow.end_run()
 
 
-def make_trackers(folder: Path, config: "LoggerConfig", *, first_step: int) -> list[Tracker]:
-    """Create the trackers that ``config`` asks for."""
-    found: list[Tracker] = []
-    if config.tensorboard:
-        found.append(TensorBoard(folder, first_step=first_step))
-    if config.wandb_project is not None:
-        found.append(WeightsAndBiases(folder, config.wandb_project))
-    if config.mlflow_experiment is not None:
-        found.append(MLflow(folder, config.mlflow_experiment))
-    return found
+TRACKERS = Registry(
+    "logger",
+    {
+        "tensorboard": "echorl_nemo.report.trackers:TensorBoard",
+        "wandb_project": "echorl_nemo.report.trackers:WeightsAndBiases",
+        "mlflow_experiment": "echorl_nemo.report.trackers:MLflow",
+    },
+)
+"""Trackers by the key of `logger` that turns them on."""
+
+
+def make_trackers(folder: Path, config: LoggerConfig, *, first_step: int) -> list[Tracker]:
+    """Create the trackers that ``config`` asks for. ``first_step``: where the run starts, or goes on."""
+    values = {key: getattr(config, key) for key in TRACKERS}
+    return [
+        TRACKERS.load(key)(folder, value, first_step=first_step)
+        for key, value in values.items()
+        if value not in (None, False)
+    ]

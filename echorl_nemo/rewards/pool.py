@@ -60,7 +60,8 @@ class VerifierPool:
 
     def _score(self, name: str, pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         if name in IN_PROCESS:
-            return [Verdict(IN_PROCESS[name](*pair)) for pair in pairs]
+            verifier = find_verifier(name)
+            return [Verdict(verifier(*pair)) for pair in pairs]
         if self._pool is None:
             adopt_orphans()
             # spawned, since a forked process would share the threads and sockets of the rank

@@ -1,18 +1,26 @@
 """Finds verifiers by name."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from echorl_nemo.errors import UserError
-from echorl_nemo.rewards.choice import choice, letter_of
-from echorl_nemo.rewards.exact import exact_line
+from echorl_nemo.ops.registry import Registry
+from echorl_nemo.rewards.choice import letter_of
 
 Verifier = Callable[..., float]
 """(response, reference answer) -> reward, or (response, reference answer, row) -> reward."""
 
-IN_PROCESS: dict[str, Callable[[str, str], float]] = {"exact_line": exact_line, "choice": choice}
+VERIFIERS = Registry(
+    "verifier",
+    {
+        "math": "echorl_nemo.rewards.math:math_equal",
+        "exact_line": "echorl_nemo.rewards.exact:exact_line",
+        "choice": "echorl_nemo.rewards.choice:choice",
+    },
+    accepts_functions=True,
+)
+IN_PROCESS = ("exact_line", "choice")
 """Verifiers that run in the rank's process: their time is linear in the text, and they cannot crash."""
 
 
@@ -21,28 +29,21 @@ def find_verifier(name: str) -> Verifier:
 
     Raises UserError if there is no such verifier.
     """
-    if name in IN_PROCESS:
-        return IN_PROCESS[name]
-    if name == "math":
-        from echorl_nemo.rewards.math import math_equal  # sympy is slow to import
-
-        return math_equal
-    module_name, _, function_name = name.partition(":")
-    if not function_name:
-        raise UserError(
-            f"reward {name!r} is not known; use exact_line, choice, math, or your own as package.module:function"
-        )
     try:
-        verifier = getattr(importlib.import_module(module_name), function_name)
+        verifier: Verifier = VERIFIERS.load(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a user's module may raise anything, also by sys.exit()
-        cause = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
-        raise UserError(f"reward {name!r} cannot be imported: {cause}; is its folder on PYTHONPATH?") from error
+        if isinstance(error, ValueError) and str(error).startswith(VERIFIERS.key):
+            raise UserError(str(error)) from error
+        raise UserError(f"verifier={name}: it cannot be imported: {error!r}; check its name and PYTHONPATH") from error
     if not callable(verifier):
-        raise UserError(f"reward {name!r} is not a function of (response, answer)")
+        raise UserError(f"verifier={name}: it is not a function of (response, answer); name one")
     if _positional(verifier) not in (2, 3):
-        raise UserError(f"reward {name!r} is not a function of (response, answer) or (response, answer, row)")
+        raise UserError(
+            f"verifier={name}: it is not a function of (response, answer) or (response, answer, row); change its "
+            "arguments"
+        )
     return verifier
 
 

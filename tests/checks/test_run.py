@@ -41,7 +41,7 @@ def problems(*overrides: str) -> str:
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5; raise the limit, drop the line, or set"),
         (
             ["data.reward=judge"],
-            "reward 'judge' is not known; use exact_line, choice, math, or your own as package.module:function",
+            "verifier='judge' is not known; use one of math, exact_line, choice, or your own as package.module:",
         ),
         (["echorl.boundary=[99]"], r"echorl.boundary=[99]: ids [99] are outside the vocabulary of 36 entries"),
         (["model.path=/nowhere"], "model.path=/nowhere: no Hugging Face model can be read"),

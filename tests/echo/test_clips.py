@@ -27,10 +27,10 @@ def select(batch: Batch, config: EchoRLConfig, rows: Tensor | None = None) -> tu
 
 
 @st.composite
-def configs(draw: st.DrawFn, spans: tuple[str, ...] | list[str] = SPANS) -> EchoRLConfig:
+def configs(draw: st.DrawFn, spans: tuple[str, ...] | list[str] = tuple(SPANS)) -> EchoRLConfig:
     return EchoRLConfig(
-        scope=draw(st.sampled_from(SCOPES)),
-        per_group=draw(st.sampled_from(PER_GROUP)),
+        scope=draw(st.sampled_from(tuple(SCOPES))),
+        per_group=draw(st.sampled_from(tuple(PER_GROUP))),
         step_reduction=draw(st.sampled_from(STEP_REDUCTIONS)),
         span=draw(st.sampled_from(spans)),
         success_reward=draw(st.sampled_from([0.5, 1.0])),

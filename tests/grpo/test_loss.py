@@ -76,14 +76,14 @@ def slow_loss(inputs: dict[str, Tensor], config: AlgoConfig) -> float:
 @st.composite
 def configs(draw: st.DrawFn) -> AlgoConfig:
     return AlgoConfig(
-        loss=draw(st.sampled_from(LOSSES)),
-        aggregation=draw(st.sampled_from(AGGREGATIONS)),
+        loss=draw(st.sampled_from(tuple(LOSSES))),
+        aggregation=draw(st.sampled_from(tuple(AGGREGATIONS))),
         clip_low=draw(st.sampled_from([0.05, 0.2, 1.0])),
         clip_high=draw(st.sampled_from([0.05, 0.28])),
         constant_length=5,
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
         kl_coef=draw(st.sampled_from([0.0, 0.1])),
-        kl_estimator=draw(st.sampled_from(KL_ESTIMATORS)),
+        kl_estimator=draw(st.sampled_from(tuple(KL_ESTIMATORS))),
         kl_in=draw(st.sampled_from(["loss", "reward"])),
         tis_cap=draw(st.sampled_from([None, 1.2])),
         icepop_low=draw(st.sampled_from([None, 0.7])),

@@ -83,8 +83,8 @@ def test_a_verifier_may_take_the_row() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("judge", "reward 'judge' is not known; use exact_line, choice, math, or your own"),
-        ("nowhere.at_all:x", "reward 'nowhere.at_all:x' cannot be imported: No module named 'nowhere'"),
+        ("judge", "verifier='judge' is not known; use one of math, exact_line, choice, or your own"),
+        ("nowhere.at_all:x", "verifier=nowhere.at_all:x: it cannot be imported: No module named 'nowhere'"),
         ("tests.rewards.verifiers:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
         ("tests.rewards.verifiers:NUMBER", "is not a function"),
         ("tests.rewards.verifiers:of_four", r"is not a function of \(response, answer\) or \(response, answer, row\)"),

@@ -20,6 +20,7 @@ from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.trainer import StepResult, Trainer
 from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.ops.registry import Registry
 from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.report.recorder import Recorder
@@ -280,7 +281,7 @@ def build_trainer(
     return Trainer(
         config=config,
         policy=policy,
-        rollout=_rollout_engine(config, inputs, policy),
+        rollout=ROLLOUT_ENGINES.load(config.rollout.engine)(config, inputs, policy),
         verifiers=VerifierPool(
             [config.data.reward, *(extra.name for extra in config.data.extra_rewards)],
             workers=config.data.reward_workers,
@@ -306,10 +307,23 @@ def export_rank(config: RunConfig, checkpoint: Path, out: Path, platform: Platfo
     model.export(out)
 
 
-def _rollout_engine(config: RunConfig, inputs: RunInputs, policy: MegatronPolicy) -> RolloutEngine:
-    model = policy.model
-    if config.rollout.engine == "megatron":
-        return MegatronRolloutEngine(model, inputs.tokenizer, config.rollout)
+ROLLOUT_ENGINES = Registry(
+    "rollout.engine",
+    {
+        "megatron": "echorl_nemo.engines.megatron.worker:megatron_engine",
+        "trtllm": "echorl_nemo.engines.megatron.worker:trtllm_engine",
+    },
+)
+"""Functions of (configuration, inputs, policy) that create the rollout engine."""
+
+
+def megatron_engine(config: RunConfig, inputs: RunInputs, policy: MegatronPolicy) -> RolloutEngine:
+    """The engine `megatron`: the policy itself generates."""
+    return MegatronRolloutEngine(policy.model, inputs.tokenizer, config.rollout)
+
+
+def trtllm_engine(config: RunConfig, inputs: RunInputs, policy: MegatronPolicy) -> RolloutEngine:
+    """The engine `trtllm`: TensorRT-LLM generates, and is restarted if it dies or hangs."""
     from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 
     held_out = inputs.eval_data.longest if inputs.eval_data is not None else 0
@@ -318,11 +332,11 @@ def _rollout_engine(config: RunConfig, inputs: RunInputs, policy: MegatronPolicy
         config.model.path,
         inputs.tokenizer,
         config.rollout,
-        model.parallel,
-        vocab_size=model.config.vocab_size,
+        policy.parallel,
+        vocab_size=policy.model.config.vocab_size,
         longest_prompt=max(inputs.train_data.longest, held_out),
     )
-    return RestartingEngine(start, policy, is_main=model.parallel.is_main)
+    return RestartingEngine(start, policy, is_main=policy.parallel.is_main)
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echorl_nemo.echo import EchoRLConfig, segment_steps, select_clips
+from echorl_nemo.echo import EchoRLConfig, clip_denominator, segment_steps, select_clips
 
 
 class EchoStep:
@@ -79,18 +79,9 @@ class EchoStep:
         for start in range(0, rollouts, global_batch_size):
             part = slice(start, start + global_batch_size)
             divided = _valid_tokens(data, part) if token_level else float(data["sample_mask"][part].sum())
-            weights[part] = selection.mask[part] * (divided / max(1.0, self._count(selection.mask[part], valid[part])))
+            count = clip_denominator(selection.mask[part], valid[part], self.config.normalizer)
+            weights[part] = selection.mask[part] * (divided / max(1.0, float(count)))
         return weights, selection.stats
-
-    def _count(self, clips: Tensor, valid: Tensor) -> float:
-        """Z, the denominator of the clip loss, for an optimizer step."""
-        match self.config.normalizer:
-            case "clip_tokens":
-                return float(clips.sum())
-            case "response_tokens":
-                return float(valid.sum())
-            case _:
-                return float(clips.any(dim=1).sum())
 
 
 def _valid_tokens(data: Mapping[str, Any], part: slice) -> float:

@@ -1,0 +1,71 @@
+"""Implementations by name: unknown names are refused, and no name falls through to another implementation."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from echorl_nemo.checks.functions import function_problems
+from echorl_nemo.config import load_config
+from echorl_nemo.echo.config import NORMALIZERS, PER_GROUP, SCOPES, SPANS
+from echorl_nemo.grpo.config import AGGREGATIONS, ESTIMATORS, KL_ESTIMATORS, LOSSES
+from echorl_nemo.ops.registry import Registry
+from echorl_nemo.report.trackers import TRACKERS
+from echorl_nemo.rewards.verifiers import VERIFIERS
+from echorl_nemo.schema import RunConfig
+
+REGISTRIES = [
+    AGGREGATIONS, ESTIMATORS, KL_ESTIMATORS, LOSSES, NORMALIZERS, PER_GROUP, SCOPES, SPANS, TRACKERS, VERIFIERS,
+]  # fmt: skip
+
+
+def half(rewards: Any, group_ids: Any, epsilon: float) -> Any:
+    """An estimator as a user writes one."""
+    return rewards / 2
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)
+def test_every_name_has_an_implementation_of_its_own(registry: Registry) -> None:
+    loaded = [registry.load(name) for name in registry]
+    assert all(inspect.isfunction(each) or inspect.isclass(each) for each in loaded)
+    assert len(set(loaded)) == len(loaded)
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)
+def test_an_unknown_name_is_refused_with_the_list_and_the_nearest(registry: Registry) -> None:
+    first = next(iter(registry))
+    with pytest.raises(ValueError, match=f"^{registry.key}='{first}x' is not known; use one of .*{first}"):
+        registry.load(f"{first}x")
+
+
+def test_did_you_mean() -> None:
+    with pytest.raises(ValueError, match=r"or your own as package.module:function; did you mean dr_grpo\?$"):
+        ESTIMATORS.load("dr_gpro")
+
+
+def test_a_name_without_an_implementation_fails_instead_of_falling_through() -> None:
+    added = Registry("algo.estimator", {"mine": "echorl_nemo.grpo.advantages:mine"})
+    with pytest.raises(AttributeError, match="mine"):
+        added.load("mine")
+
+
+def test_a_function_of_the_users_own() -> None:
+    assert ESTIMATORS.load("tests.ops.test_registry:half") is half
+    assert load_config(
+        "quickstart", ["algo.estimator='tests.ops.test_registry:half'"], schema=RunConfig
+    ).algo.estimator.endswith(":half")
+    with pytest.raises(ValueError, match="algo.aggregation='tests.ops.test_registry:half' is not known"):
+        AGGREGATIONS.load("tests.ops.test_registry:half")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("algo.estimator='nowhere:f'", "algo.estimator=nowhere:f: it cannot be imported: No module named 'nowhere'"),
+        ("algo.loss='tests.ops.test_registry:none'", "algo.loss=tests.ops.test_registry:none: it cannot be imported"),
+        ("echorl.span='tests.nowhere:f'", "echorl.span=tests.nowhere:f: it cannot be imported"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_a_problem_of_the_run(override: str, problem: str) -> None:
+    (found,) = function_problems(load_config("quickstart", [override], schema=RunConfig))
+    assert found.startswith(problem)
