@@ -5,10 +5,10 @@ from pathlib import Path
 
 from echorl_nemo.data.host_prompts import write_prompts
 from echorl_nemo.data.inputs import RunInputs
+from echorl_nemo.engines.hydra_overrides import override
 from echorl_nemo.engines.nemo_aligner import overrides as aligner
 from echorl_nemo.engines.nemo_rl import overrides as nemo_rl
 from echorl_nemo.errors import UserError
-from echorl_nemo.overrides import override
 from echorl_nemo.plan.plan import Plan
 from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import ALIGNER_SCRIPT, CONFIG_DIR

@@ -39,9 +39,7 @@ def test_equal_rewards_give_exactly_zero_whatever_their_rounding(estimator: str)
 
 
 def test_a_group_of_one_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"groups \[5\] have one rollout: advantages need rollout.group_size >= 2"
-    ):
+    with pytest.raises(ValueError, match=r"groups \[5\] have one rollout: advantages need rollout.group_size >= 2"):
         group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([4, 4, 5]), estimator="grpo")
 
 

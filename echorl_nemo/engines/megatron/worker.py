@@ -24,9 +24,9 @@ from echorl_nemo.ops.registry import Registry
 from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.report.logger import read_lines
 from echorl_nemo.report.recorder import Recorder
+from echorl_nemo.report.skipped import save_skipped_batch
 from echorl_nemo.resilience.disk import explain_full_disk
 from echorl_nemo.resilience.lock import RunLock
-from echorl_nemo.resilience.skipped import save_skipped_batch
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals, job_deadline
 from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool

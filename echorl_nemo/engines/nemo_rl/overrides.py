@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from echorl_nemo.overrides import override
+from echorl_nemo.engines.hydra_overrides import override
 from echorl_nemo.schema import RunConfig
 
 ESTIMATORS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echorl_nemo.overrides import override
+from echorl_nemo.engines.hydra_overrides import override
 
 TEXT = st.text(st.characters(exclude_characters="\n\r\x00", exclude_categories=["Cs"]), max_size=20) | st.text(
     "\\\"'{}[],=: $", max_size=8
