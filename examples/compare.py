@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform

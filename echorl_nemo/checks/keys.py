@@ -36,7 +36,7 @@ def parse_overrides(overrides: Sequence[str], names: dict[str, Path]) -> tuple[l
 def key_problems(
     parsed: Sequence[Override], directories: Sequence[Path], keys: Sequence[str], free: Sequence[str]
 ) -> list[str]:
-    """Problems of unknown, added and deleted keys. Only entries of the dictionaries ``free`` may be added."""
+    """Problems with unknown, added and deleted keys. Only entries of the dictionaries ``free`` may be added."""
     groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
     problems = []
     for override in parsed:

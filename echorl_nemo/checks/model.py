@@ -63,8 +63,9 @@ def path_problems(model: ModelConfig) -> list[str]:
     ]
 
 
-def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
-    """A problem if Megatron's model cannot have the model's position encoding."""
+def position_encoding_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
+    """A problem if the native engine does not support the position encoding in ``hf_config``, such as its RoPE scaling.
+    ``path``: the value of `model.path`, for the message."""
     kind = rope_type(hf_config)
     if hf_config.model_type not in MAPPED_FAMILIES:
         return []
@@ -82,7 +83,7 @@ def settings_problems(hf_config: PretrainedConfig, path: str) -> list[str]:
 
 
 def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str]:
-    """Problems of the safetensors files of `model.path`: damaged, missing or quantised weights, or shapes other than
+    """Problems with the safetensors files of `model.path`: damaged, missing or quantised weights, or shapes other than
     those of config.json. A model on the hub is not looked at."""
     folder = Path(model.path)
     if not folder.is_dir():
@@ -112,8 +113,8 @@ def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str
     return [f"model.path={model.path}: {'; '.join(other[:SHOWN])}; use the config.json that goes with the weights"]
 
 
-def token_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """A problem if the tokenizer has ids for which the embedding has no row."""
+def vocabulary_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """A problem if the tokenizer has ids that are not less than ``vocab_size``, the rows of the embedding."""
     special = {
         "its pad token": tokenizer.hf.pad_token_id,
         "its bos token": tokenizer.hf.bos_token_id,
@@ -130,8 +131,9 @@ def token_problems(model: ModelConfig, tokenizer: Tokenizer, vocab_size: int) ->
     ]
 
 
-def prompt_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
-    """A problem if a prompt has a token for which the embedding has no row."""
+def prompt_token_problems(data: PromptData, vocab_size: int, field: str) -> list[str]:
+    """A problem if a prompt has a token id that is not less than ``vocab_size``, the rows of the embedding. ``field``:
+    the configuration key of ``data``, for the message."""
     if data.largest_id < vocab_size:
         return []
     return [

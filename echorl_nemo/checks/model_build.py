@@ -16,7 +16,7 @@ import safetensors
 from transformers import PretrainedConfig
 
 from echorl_nemo.checks.hf_config import number_of_experts, read_hf_config
-from echorl_nemo.checks.model import settings_problems, weight_problems
+from echorl_nemo.checks.model import position_encoding_problems, weight_problems
 from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
@@ -76,7 +76,7 @@ def _in_a_process(sender: Connection, model: ModelConfig, hf_config: PretrainedC
     with redirect_stdout(sys.stderr), Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # the libraries print much; what they raise is in the answer
         try:
-            problems = settings_problems(hf_config, model.path) or weight_problems(model, hf_config)
+            problems = position_encoding_problems(hf_config, model.path) or weight_problems(model, hf_config)
         except Exception as error:  # noqa: BLE001  transformers raises anything for a bad config.json
             problems = [_message(model, f"transformers cannot build it: {_words(error)}", "correct its config.json")]
         if not problems:
@@ -89,7 +89,7 @@ def _in_a_process(sender: Connection, model: ModelConfig, hf_config: PretrainedC
 
 
 def _mapping_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:
-    """Problems of weights that Megatron's model has no place for, and of places that have no weight."""
+    """Problems with weights that Megatron's model has no place for, and of places that have no weight."""
     from megatron.bridge import AutoBridge  # imports only with the stand-ins that ``platform`` put in place
 
     from echorl_nemo.engines.megatron.meta_model import meta_model

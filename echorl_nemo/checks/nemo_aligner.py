@@ -1,4 +1,4 @@
-"""Checks of a run in NeMo-Aligner: settings that it cannot follow, and batch sizes that do not divide."""
+"""Checks of a run in NeMo-Aligner: settings that it does not support, and batch sizes that do not divide."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from echorl_nemo.shipped import CONFIG_DIR
 
 
 def run_problems(config: RunConfig, model_type: str) -> list[str]:
-    """Problems of a run's configuration in NeMo-Aligner. ``model_type``: the model's architecture."""
+    """Problems with a run's configuration in NeMo-Aligner. ``model_type``: the model's architecture."""
     found = translation_problems(config, model_type)
     settings = overrides(config, model_type, train=Path("train.jsonl"), evaluate=None, eval_prompts=0, eos=())
     try:
@@ -33,7 +33,7 @@ def run_problems(config: RunConfig, model_type: str) -> list[str]:
 
 
 def translation_problems(config: RunConfig, model_type: str) -> list[str]:
-    """Problems of settings that NeMo-Aligner 0.7 cannot follow."""
+    """Problems with settings that NeMo-Aligner 0.7 does not support."""
     found = []
     if model_type not in MODEL_TYPES:
         found.append(
@@ -72,8 +72,8 @@ def translation_problems(config: RunConfig, model_type: str) -> list[str]:
 
 
 def method_problems(algo: AlgoConfig, echorl: EchoRLConfig) -> list[str]:
-    """Problems of settings of the method that NeMo-Aligner cannot follow: its rollouts come without log-probs, and a
-    step generates from its prompts once."""
+    """Problems with settings of the method that NeMo-Aligner does not support: its rollouts come without log-probs, and
+    a step generates from its prompts once."""
     problems = [
         f"model.grpo.algo.{name}={getattr(algo, name)}: NeMo-Aligner's rollouts come without log-probs; use null"
         for name in ("tis_cap", "icepop_low", "icepop_high")
@@ -90,7 +90,7 @@ def method_problems(algo: AlgoConfig, echorl: EchoRLConfig) -> list[str]:
 
 
 def batch_problems(grpo: DictConfig, model_config: DictConfig, data_parallel: int) -> list[str]:
-    """Problems of batch sizes that do not divide each other. ``grpo`` is the section `trainer.grpo`."""
+    """Problems with batch sizes that do not divide each other. ``grpo`` is the section `trainer.grpo`."""
     prompts, group = model_config.grpo.num_rollout_samples, grpo.num_rollouts_per_prompt
     rollouts, step = prompts * group, model_config.global_batch_size
     generated, scored = model_config.grpo.rollout_micro_batch_size, model_config.grpo.forward_micro_batch_size

@@ -1,4 +1,4 @@
-"""Checks of a run in NeMo-RL: settings that it cannot follow, and settings under which EchoRL has no effect."""
+"""Checks of a run in NeMo-RL: settings that it does not support, and settings under which EchoRL has no effect."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from echorl_nemo.schema import RunConfig, changed
 
 
 def run_problems(config: RunConfig) -> list[str]:
-    """Problems of a run's configuration in NeMo-RL."""
+    """Problems with a run's configuration in NeMo-RL."""
     settings = {
         "loss_fn": {"echorl": asdict(config.echorl)},
         "policy": {"megatron_cfg": {"enabled": True}},
@@ -25,7 +25,7 @@ def run_problems(config: RunConfig) -> list[str]:
 
 
 def translation_problems(config: RunConfig) -> list[str]:
-    """Problems of settings that NeMo-RL 0.7 cannot follow."""
+    """Problems with settings that NeMo-RL 0.7 does not support."""
     algo, data = config.algo, config.data
     found = []
     for key, value, wanted in (
@@ -79,8 +79,8 @@ def translation_problems(config: RunConfig) -> list[str]:
 
 
 def host_problems(config: Any) -> list[str]:
-    """Problems of settings in ``config``, NeMo-RL's master configuration, under which EchoRL would have no effect or a
-    wrong one."""
+    """Problems with settings in ``config``, NeMo-RL's master configuration, under which EchoRL would have no effect or
+    a wrong one."""
     found = []
     try:
         echorl = echorl_config(get(config, "loss_fn"))

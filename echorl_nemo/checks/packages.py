@@ -83,7 +83,7 @@ def install_advice(missing: Sequence[str]) -> str:
 
 
 def package_problems(config: RunConfig) -> list[str]:
-    """Problems of packages that the run needs and this environment, that of the ranks, does not have."""
+    """Problems with packages that the run needs and this environment, that of the ranks, does not have."""
     problems = []
     for field, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
         value = getattr(config.logger, field)

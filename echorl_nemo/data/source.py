@@ -15,7 +15,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 FILE_SUFFIXES = {".jsonl", ".json", ".parquet", *TABLES}
 
 Rows = Iterator[tuple[str, dict[str, Any] | UserError]]
-"""Pairs ("source:row number", row), where a UserError stands in place of a bad row. Rows count from 1."""
+"""Pairs ("source:row number", row); a bad row is a UserError that is yielded, not raised. Rows count from 1."""
 
 
 SHOWN_ROWS = 20
@@ -48,7 +48,8 @@ def read_rows(source: str, *, subset: str | None, split: str, field: str) -> Row
 
 
 def read_jsonl(path: Path) -> Rows:
-    """Iterate over the objects of a JSONL file without its blank lines; a UserError stands in place of a bad line."""
+    """Iterate over the objects of a JSONL file, without blank lines. For a bad line a UserError is yielded, not
+    raised."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -59,7 +60,8 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def read_table(path: Path, separator: str) -> Rows:
-    """Iterate over the rows of a table with a header; a UserError stands in place of a row of another width."""
+    """Iterate over the rows of a table with a header line. For a row whose number of values differs from the header's a
+    UserError is yielded, not raised."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, delimiter=separator, strict=True), 1):

@@ -78,7 +78,7 @@ class EchoRLConfig:
 
 
 def boundary_problems(boundary: Any, key: str) -> list[str]:
-    """Problems of ``boundary``, the value of ``key``: the tokens that end a step."""
+    """Problems with ``boundary``, the value of ``key``: the tokens that end a step."""
     is_ids = isinstance(boundary, (list, tuple)) and all(type(i) is int and i >= 0 for i in boundary)
     if boundary == "newline" or (is_ids and boundary):
         return []

@@ -18,10 +18,11 @@ def clip_loss(logprobs: Tensor, clip_mask: Tensor, denominator: float | Tensor) 
 
 
 def clip_denominator(clip_mask: Tensor, response_mask: Tensor, normalizer: str) -> Tensor:
-    """This rank's share of Z, a scalar float64 count. The caller sums it over data- and context-parallel ranks.
+    """This rank's share of Z, the denominator of the clip loss: a scalar float64 count. The caller sums it over data-
+    and context-parallel ranks; `clip_loss` treats 0 as 1.
 
-    ``normalizer``: `clip_tokens`, `response_tokens` (of every rollout, with a clip or not) or `clips` (rollouts with
-    a clip; exact only if rows are not split over context-parallel ranks).
+    ``normalizer``: `clip_tokens`, `response_tokens` (of every rollout, with a clip or not) or `clips` (rollouts with a
+    clip; exact only if rows are not split over context-parallel ranks).
     """
     count: Tensor = NORMALIZERS.load(normalizer)(clip_mask, response_mask)
     return count.double()

@@ -43,8 +43,9 @@ class Comparison:
         return torch.where(self.equal, 0.0, advantages)
 
 
-def compare(rewards: Tensor, group_ids: Tensor) -> Comparison:
-    """Compare the rewards [N] within each group. Raises ValueError for a group of one rollout."""
+def compare_within_groups(rewards: Tensor, group_ids: Tensor) -> Comparison:
+    """The rewards [N] relative to the mean of their group, with its standard deviation and size, and whether all
+    rewards of the group are equal. Raises ValueError for a group of one rollout."""
     ids, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     if (sizes < 2).any():
         lonely = ids[sizes < 2].tolist()
@@ -59,19 +60,19 @@ def compare(rewards: Tensor, group_ids: Tensor) -> Comparison:
 
 def grpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
     """Reward minus its group's mean, divided by the group's standard deviation (arXiv 2402.03300, section 4.1.2)."""
-    group = compare(rewards, group_ids)
+    group = compare_within_groups(rewards, group_ids)
     return group.zero_if_equal(group.centred / (group.deviation + epsilon))
 
 
 def dr_grpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
     """Reward minus its group's mean (arXiv 2503.20783, section 3.2)."""
-    group = compare(rewards, group_ids)
+    group = compare_within_groups(rewards, group_ids)
     return group.zero_if_equal(group.centred)
 
 
 def rloo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
     """Reward minus the mean of the other rollouts of its group (arXiv 2402.14740, section 3.2)."""
-    group = compare(rewards, group_ids)
+    group = compare_within_groups(rewards, group_ids)
     return group.zero_if_equal(group.centred * (group.size / (group.size - 1)))
 
 

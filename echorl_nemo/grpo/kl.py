@@ -16,15 +16,16 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str)
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """-log r."""
+    """The estimator k1 of the KL divergence, -log r, elementwise. ``log_ratio``: reference log-prob minus log-prob."""
     return -log_ratio
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """(log r)^2 / 2."""
+    """The estimator k2 of the KL divergence, (log r)^2 / 2, elementwise. ``log_ratio`` as in `k1`."""
     return log_ratio.square() / 2
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """r - 1 - log r."""
+    """The estimator k3 of the KL divergence, r - 1 - log r, elementwise, with log r limited to 20. ``log_ratio`` as in
+    `k1`."""
     return torch.expm1(log_ratio.clamp(max=20.0)) - log_ratio

@@ -58,7 +58,7 @@ def choice(default: str, words: Sequence[str] | Registry) -> Any:
 
 
 def field_problems(config: Any, prefix: str) -> list[str]:
-    """Problems of values of the dataclass ``config`` that are not allowed. ``prefix``: the key of the section."""
+    """Problems with values of the dataclass ``config`` that are not allowed. ``prefix``: the key of the section."""
     return list(_problems(config, prefix))
 
 

@@ -27,8 +27,8 @@ class Registry:
         return name in self._targets or (self.accepts_functions and is_function_name(name))
 
     def load(self, name: str) -> Any:
-        """Import the implementation of ``name``. Raises ValueError if there is none, or a user's own cannot be
-        imported."""
+        """Import and return the function or class of ``name``. Raises ValueError if the name is neither registered nor
+        an accepted `package.module:function`, or if such a function cannot be imported."""
         if name not in self:
             raise ValueError(unknown_name(self.key, name, self))
         module, _, attribute = self._targets.get(name, name).partition(":")

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from echorl_nemo.checks.files import space_problems
-from echorl_nemo.checks.layout import layout_problems, layout_warnings, memory_problems, resolve_on_cluster
-from echorl_nemo.checks.run import check_run
+from echorl_nemo.checks.commands import check_run
+from echorl_nemo.checks.files_and_folders import space_problems
+from echorl_nemo.checks.layout_and_batch import layout_problems, layout_warnings, memory_problems, resolve_on_cluster
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.plan.estimate import Estimate, Memory, memory, network_gigabytes, step_seconds
@@ -48,10 +48,11 @@ class Plan:
 
 
 def make_plan(config: RunConfig, *, elsewhere: bool = False, packages: bool = True) -> Plan:
-    """Check a run and estimate what it takes. Resolves the open sizes of `parallel` in ``config``.
+    """Check a run, and estimate its memory, time and network volume. Fills in the sizes that ``config.parallel`` leaves
+    unset.
 
-    ``elsewhere``: the run is for another machine, so that files, folders and packages are not looked for. ``packages``:
-    whether the ranks run in this environment, so that its packages are looked for.
+    ``elsewhere``: the run is for another machine: do not check that files, folders and packages exist here.
+    ``packages``: whether the ranks run in this environment: check that it has the packages.
     """
     plan = Plan(config)
     plan.problems += resolve_on_cluster(config)

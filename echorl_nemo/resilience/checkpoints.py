@@ -152,7 +152,8 @@ def checksum_files(folder: Path, names: Iterable[str]) -> Checksums:
 
 
 def damaged_files(checkpoint: Path, *, part: int, parts: int) -> list[str]:
-    """Problems of every ``parts``-th file of a checkpoint, starting with the ``part``-th, so that ranks share the work.
+    """Problems with every ``parts``-th file of a checkpoint, starting with the ``part``-th, so that ranks share the
+    work.
 
     Raises OSError if the storage fails: then nothing is known about the checkpoint.
     """

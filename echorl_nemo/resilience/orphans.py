@@ -23,7 +23,8 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """Make descendants whose parent ends children of this process, so that it can end them."""
+    """Let this process become the parent of its descendants whose own parent has ended (Linux child subreaper), so that
+    `kill_orphans` finds them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 

@@ -74,7 +74,8 @@ class StopRequest:
     """Returns the time, seconds since the epoch."""
 
     def record_duration(self, what: str, seconds: float) -> None:
-        """Record the duration of a `step` or a `save`."""
+        """Record the duration of a `step` or a `save`. The longest ones decide how early the run stops before its job's
+        end."""
         self.longest[what] = max(seconds, self.longest.get(what, 0.0))
 
     def reason(self) -> str:

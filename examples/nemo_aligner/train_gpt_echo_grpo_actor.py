@@ -13,7 +13,7 @@ if __name__ == "__main__":
     # all of NeMo is imported here and no earlier: each process that verifies rewards imports this file again
     from echorl_nemo.engines.nemo_aligner import cpu
 
-    cpu.install()  # where there is no GPU; before anything of NeMo is imported
+    cpu.install_stand_ins()  # where there is no GPU; before anything of NeMo is imported
 
     from nemo.core.config import hydra_runner
 

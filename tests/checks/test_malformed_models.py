@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.families import TINY_CHAIN, make_model
 from tests.engines.megatron.helpers import PLATFORM, tiny_config

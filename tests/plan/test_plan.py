@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from echorl_nemo.checks.files import run_dir_problems, space_problems
+from echorl_nemo.checks.files_and_folders import run_dir_problems, space_problems
 from echorl_nemo.checks.hf_config import described_config
 from echorl_nemo.cli import main
 from echorl_nemo.config import load_config

@@ -44,14 +44,15 @@ NO_FUSED_KERNELS: dict[str, Any] = {
 _installed: list[object] = []
 
 
-def install(*, cuda: bool) -> None:
+def install_stand_ins(*, replace_cuda: bool) -> None:
     """Put the stand-ins in place, once in each process; a forked rank inherits them.
 
-    The optimizer, packed attention and the absent packages are always replaced; with ``cuda`` also the CUDA device.
+    The optimizer, packed attention and the absent packages are always replaced; with ``replace_cuda`` also the CUDA
+    device.
     """
     if _installed:
         return
-    if cuda:
+    if replace_cuda:
         _replace_cuda()
     _import_megatron_core()
     _replace_adam()
@@ -60,7 +61,7 @@ def install(*, cuda: bool) -> None:
     _route_without_transformer_engine()
     sys.meta_path.append(_AbsentPackageFinder())
     _installed.append(_AbsentPackageFinder)
-    if cuda:
+    if replace_cuda:
         _replace_random_state()
         _send_contiguous_shards()
         _split_by_numbers()

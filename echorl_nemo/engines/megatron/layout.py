@@ -8,8 +8,8 @@ from echorl_nemo.schema import EvaluateConfig, LayoutConfig, ModelConfig, Parall
 
 
 def world_size(config: RunConfig | EvaluateConfig) -> int:
-    """Number of ranks of the run. Resolves the open sizes of `config.parallel`. Raises UserError if torchrun or srun
-    started another number of ranks."""
+    """Number of ranks of the run. Fills in the sizes that `config.parallel` leaves unset. Raises UserError if torchrun
+    or srun started another number of ranks."""
     outer = external_world_size()
     gpus = outer or _gpus_here(config.parallel.device)
     resolve_layout(config.parallel, config.model, gpus, starts_ranks=outer is None)

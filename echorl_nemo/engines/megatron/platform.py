@@ -27,7 +27,7 @@ class Platform:
     """Settings of Megatron-Bridge's model provider on this hardware."""
 
     def device(self) -> torch.device:
-        """Make this rank's device the current one, and return it."""
+        """Make this rank's GPU the current device, and return it; on the CPU only return that."""
         if self.backend == "gloo":
             return torch.device("cpu")
         # if each task sees only its own GPU, that one is number 0
@@ -52,7 +52,7 @@ def detect_platform(device: str = "auto") -> Platform:
     if device == "cuda" and not has_gpu:
         raise UserError("parallel.device=cuda: torch finds no GPU; use auto or cpu")
     if device == "cpu" or not has_gpu:
-        cpu.install(cuda=True)
+        cpu.install_stand_ins(replace_cuda=True)
         return Platform(
             backend="gloo",
             dtype=torch.float32,
@@ -62,7 +62,7 @@ def detect_platform(device: str = "auto") -> Platform:
         )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None
     if not transformer_engine:
-        cpu.install(cuda=False)
+        cpu.install_stand_ins(replace_cuda=False)
     return Platform(
         backend="nccl",
         dtype=torch.bfloat16,

@@ -47,7 +47,7 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """The result of the optimizer steps of one training step."""
+    """Metrics of the optimizer steps of one training step, and the reasons for those that were not taken."""
 
     metrics: dict[str, float]
     """Means over the mini-batches whose numbers were finite, and `optimizer_steps`, the number of steps taken."""

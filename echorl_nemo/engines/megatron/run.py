@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from echorl_nemo.checks.run import check_evaluation, check_export, checked_inputs
+from echorl_nemo.checks.commands import check_evaluation, check_export, checked_inputs
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer

@@ -41,7 +41,7 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
     `model.reinforce`, and `algo`) and `model.echorl` configure it."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
-        """Raises UserError for a setting that does not exist or that NeMo-Aligner cannot follow."""
+        """Raises UserError for a setting that does not exist or that NeMo-Aligner does not support."""
         self.algo, self.echorl = method_config(cfg)
         with open_dict(cfg):
             cfg.reinforce = cfg.grpo  # the parent class reads this key

@@ -53,7 +53,7 @@ ABSENT: dict[str, tuple[str, ...]] = {
 _installed: list[object] = []
 
 
-def install() -> None:
+def install_stand_ins() -> None:
     """Put the stand-ins in place, once in each process; a forked rank inherits them. Does nothing if there is a GPU.
 
     Must be called before NeMo-Aligner is imported.

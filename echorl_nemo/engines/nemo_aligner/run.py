@@ -7,7 +7,7 @@ import torch
 
 from echorl_nemo.engines.nemo_aligner import cpu
 
-cpu.install()  # does nothing if there is a GPU; must come before NeMo is imported
+cpu.install_stand_ins()  # does nothing if there is a GPU; must come before NeMo is imported
 
 import torch.multiprocessing as mp  # noqa: E402
 from nemo.utils import logging  # noqa: E402

@@ -39,7 +39,7 @@ def token_logprobs(tokens: Sequence[int], given: Any) -> tuple[list[float] | Non
 
 
 def weight_buckets(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Split an iterator over weights into lists of about ``size`` bytes."""
+    """Group the weights, in order, into lists of at most ``size`` bytes; a larger weight has a list of its own."""
     bucket: list[tuple[str, Tensor]] = []
     used = 0
     for name, tensor in weights:

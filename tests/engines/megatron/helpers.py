@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.echo import segment_steps
 from echorl_nemo.engines.megatron.platform import detect_platform

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.bridge import AutoBridge
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.engines.megatron import model as built
 from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.batch import RolloutBatch

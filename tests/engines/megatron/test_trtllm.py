@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.echo import segment_steps, select_clips
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.trainer import Trainer

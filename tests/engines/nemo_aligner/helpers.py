@@ -6,7 +6,7 @@ from typing import Any
 
 from echorl_nemo.engines.nemo_aligner import cpu
 
-cpu.install()
+cpu.install_stand_ins()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -14,4 +14,4 @@ if not REAL:
 elif not torch.cuda.is_available():
     from echorl_nemo.engines.megatron import cpu
 
-    cpu.install(cuda=True)
+    cpu.install_stand_ins(replace_cuda=True)

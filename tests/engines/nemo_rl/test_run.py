@@ -100,7 +100,7 @@ def test_problems_are_reported_at_once(home: Path, capsys: pytest.CaptureFixture
     assert len(printed) == 2 and all(line.startswith("error: ") for line in printed)
 
 
-def test_a_nemo_rl_without_the_seams(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_nemo_rl_without_the_names_that_are_used(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "nemo_rl" / "models/megatron/train.py").write_text("class Something")
     assert run.main(["--config", config_file(home)]) == 1
     printed = capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from echorl_nemo.checks.run import checked_inputs
+from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.errors import UserError
 from tests.engines.megatron.helpers import tiny_config

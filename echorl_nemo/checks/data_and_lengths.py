@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig
 
 from echorl_nemo.checks.hf_config import positions, vocab_size
-from echorl_nemo.checks.model import prompt_problems, read_tokenizer, token_problems
+from echorl_nemo.checks.model import prompt_token_problems, read_tokenizer, vocabulary_problems
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData, verifier_names
 from echorl_nemo.echo import boundary_ids
@@ -22,7 +22,7 @@ def read_inputs(config: RunConfig) -> tuple[list[str], RunInputs | None]:
     if problems:
         return problems, None
     limit, rows = positions(config.model), vocab_size(config.model)
-    problems += token_problems(config.model, tokenizer, rows)
+    problems += vocabulary_problems(config.model, tokenizer, rows)
     train_data = eval_data = None
     boundaries: tuple[int, ...] = ()
     for name, source, split in (("train", data.train, data.train_split), ("eval", data.eval, data.eval_split)):
@@ -34,7 +34,7 @@ def read_inputs(config: RunConfig) -> tuple[list[str], RunInputs | None]:
             problems += str(error).splitlines()
             continue
         problems += length_problems(config.rollout.max_new_tokens, limit, prompts, f"data.{name}")
-        problems += prompt_problems(prompts, rows, f"data.{name}")
+        problems += prompt_token_problems(prompts, rows, f"data.{name}")
         if name == "train":
             train_data = prompts
             problems += packing_problems(config, prompts)
@@ -50,7 +50,7 @@ def read_inputs(config: RunConfig) -> tuple[list[str], RunInputs | None]:
 
 
 def verifier_problems(config: RunConfig) -> list[str]:
-    """Problems of verifiers that do not exist."""
+    """Problems with verifiers that do not exist."""
     problems = []
     for name in verifier_names(config.data):
         try:

@@ -8,7 +8,8 @@ from echorl_nemo.schema import ParallelConfig, RunConfig
 
 
 def resolve_on_cluster(config: RunConfig) -> list[str]:
-    """Resolve the open sizes of `parallel` on the GPUs that `cluster` has. Returns a problem if they do not fit."""
+    """Fill in the sizes that `parallel` leaves unset, on the GPUs that `cluster` has. Returns a problem if they do not
+    fit."""
     layout, cluster = config.parallel, config.cluster
     gpus = cluster.nodes * cluster.gpus_per_node
     resolve_layout(layout, config.model, gpus or 1, starts_ranks=False)
@@ -30,8 +31,9 @@ def resolve_on_cluster(config: RunConfig) -> list[str]:
     ]
 
 
-def arithmetic_problems(config: RunConfig) -> list[str]:
-    """Problems of batch sizes of a step that do not divide each other."""
+def batch_size_problems(config: RunConfig) -> list[str]:
+    """Problems with batch sizes: groups of one rollout; prompts of a step that are not a multiple of those of an
+    optimizer step; those that are not a multiple of the replicas."""
     trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
     problems = []
     if group_size < 2:
@@ -53,7 +55,7 @@ def arithmetic_problems(config: RunConfig) -> list[str]:
 
 
 def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
-    """Problems of sizes of the model that do not divide by the parallel sizes."""
+    """Problems with sizes of the model, such as heads and layers, that are not multiples of the parallel sizes."""
     tensor, pipeline, expert = layout.tensor, layout.pipeline, layout.expert
     kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
     problems = []

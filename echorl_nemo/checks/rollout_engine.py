@@ -8,12 +8,12 @@ from echorl_nemo.schema import RunConfig
 
 
 def native_problems(config: RunConfig) -> list[str]:
-    """Problems of a run on the native engine that follow from its settings."""
+    """Problems with a run on the native engine that follow from its settings."""
     return [*engine_problems(config), *rollout_problems(config)]
 
 
 def engine_problems(config: RunConfig) -> list[str]:
-    """Problems of settings that only other engines support."""
+    """Problems with settings that only other engines support."""
     problems = []
     if config.rollout.engine == "vllm":
         problems.append("rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl")
@@ -26,7 +26,7 @@ def engine_problems(config: RunConfig) -> list[str]:
 
 
 def rollout_problems(config: RunConfig) -> list[str]:
-    """Problems of settings that the rollout engine does not support, or that contradict each other."""
+    """Problems with settings that the rollout engine does not support, or that contradict each other."""
     rollout, algo, echorl = config.rollout, config.algo, config.echorl
     problems = []
     if rollout.engine == "trtllm":
@@ -57,7 +57,7 @@ def rollout_problems(config: RunConfig) -> list[str]:
 
 
 def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:
-    """Problems of the user's arguments of AsyncLLM, the value of the key ``field``."""
+    """Problems with the user's arguments of AsyncLLM, the value of the key ``field``."""
     return [
         f"{field}.{name}={extra[name]!r}: {reason}; leave it out"
         for name, reason in REFUSED.items()

@@ -101,7 +101,7 @@ def file_problems(key: str, path: Path) -> list[str]:
 
 
 def out_problems(out: Path) -> list[str]:
-    """A problem if a model would be written over other files."""
+    """A problem if ``out``, the folder to export a model to, is a file or already holds files."""
     if out.exists() and not out.is_dir():
         return [f"--out={out} is a file; name a folder"]
     if out.is_dir() and any(out.iterdir()):

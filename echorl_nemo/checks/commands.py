@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from echorl_nemo.checks import nemo_aligner, nemo_rl
-from echorl_nemo.checks.data import length_problems, position_problems, read_inputs
-from echorl_nemo.checks.files import (
+from echorl_nemo.checks.data_and_lengths import length_problems, position_problems, read_inputs
+from echorl_nemo.checks.files_and_folders import (
     checkpoint_problems,
     file_problems,
     nemo_path_problems,
@@ -17,11 +17,11 @@ from echorl_nemo.checks.files import (
 )
 from echorl_nemo.checks.functions import function_problems
 from echorl_nemo.checks.hf_config import known_config, positions, vocab_size
-from echorl_nemo.checks.layout import arithmetic_problems, layout_problems
-from echorl_nemo.checks.model import path_problems, prompt_problems, read_tokenizer, token_problems
+from echorl_nemo.checks.layout_and_batch import batch_size_problems, layout_problems
+from echorl_nemo.checks.model import path_problems, prompt_token_problems, read_tokenizer, vocabulary_problems
 from echorl_nemo.checks.model_build import platform_problems
 from echorl_nemo.checks.packages import package_problems
-from echorl_nemo.checks.rollout import native_problems
+from echorl_nemo.checks.rollout_engine import native_problems
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ ENGINE_CHECKS: dict[str, Callable[[RunConfig, str], list[str]]] = {
     "nemo_aligner": nemo_aligner.run_problems,
     "nemo_rl": lambda config, _: nemo_rl.run_problems(config),
 }
-"""Problems of a run on each engine, from its configuration and the model's architecture."""
+"""Problems with a run on each engine, from its configuration and the model's architecture."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ def check_run(
         if config.model.architecture or not files:  # otherwise `path_problems` reports it
             found.problems.append(str(error))
     architecture = found.hf_config.model_type if found.hf_config is not None else "unknown model"
-    found.problems += [*arithmetic_problems(config), *ENGINE_CHECKS[config.engine](config, architecture)]
+    found.problems += [*batch_size_problems(config), *ENGINE_CHECKS[config.engine](config, architecture)]
     if found.hf_config is not None:
         found.problems += layout_problems(config.parallel, found.hf_config)
     if files:
@@ -118,8 +118,8 @@ def check_evaluation(
             )
         data = PromptData(config.data.eval, config.data, tokenizer, field="data.eval", split=config.data.eval_split)
         problems += length_problems(config.rollout.max_new_tokens, positions(config.model), data, "data.eval")
-        problems += token_problems(config.model, tokenizer, vocab_size(config.model))
-        problems += prompt_problems(data, vocab_size(config.model), "data.eval")
+        problems += vocabulary_problems(config.model, tokenizer, vocab_size(config.model))
+        problems += prompt_token_problems(data, vocab_size(config.model), "data.eval")
     except UserError as error:
         problems += str(error).splitlines()
     raise_problems(problems)
@@ -140,7 +140,7 @@ def check_export(config: RunConfig, checkpoint: Path, out: Path) -> None:
 
 
 def _layout_problems(config: RunConfig | EvaluateConfig) -> list[str]:
-    """Problems of the layout, if the model's configuration is known; otherwise `path_problems` reports that."""
+    """Problems with the layout, if the model's configuration is known; otherwise `path_problems` reports that."""
     try:
         return layout_problems(config.parallel, known_config(config.model))
     except UserError:
