@@ -135,7 +135,7 @@ def test_evaluation_of_a_folder_and_of_a_checkpoint(in_repository: Path, tiny_ch
 def test_evaluation_errors(in_repository: Path, tiny_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = f"model.path={tiny_chain / 'model'}"
     for overrides, message in (
-        ([], "data.eval is null: name the problems, or choose a benchmark"),
+        ([], "data.eval=null: there are no problems; name a file, or choose a benchmark"),
         (["evaluation.samples=2"], "evaluation.k=[1, 8]: [8] is above evaluation.samples=2"),
         (
             ["data.eval=nowhere.jsonl", "evaluation.checkpoint=/nowhere"],

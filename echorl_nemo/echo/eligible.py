@@ -21,7 +21,8 @@ def success(successes: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def degenerate(successes: Tensor, group_ids: Tensor) -> Tensor:
-    """Scope `degenerate`: the verified successes of groups that have no other rollouts. ``successes`` [N] bool."""
+    """Scope `degenerate`: the successes of groups in which every rollout is a success. ``successes`` [N] bool,
+    ``group_ids`` [N]."""
     _, index = group_ids.unique(return_inverse=True)
     failures = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=torch.long, device=successes.device)
     failures.scatter_add_(0, index, (~successes).long())

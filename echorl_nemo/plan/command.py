@@ -17,7 +17,8 @@ COMMAND_FILE = "command.txt"
 
 
 def train_arguments(name: str, folder: Path | None, overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """The arguments of `echorl-nemo train` with run folder and layout, so that every rank and restart uses the same."""
+    """The arguments of `echorl-nemo train` for the config ``name``, with ``folder`` as --config-dir, and
+    with run folder and layout written out, so that every rank and restart uses the same."""
     layout = config.parallel
     return [
         f"--config-name={name}",

@@ -462,7 +462,7 @@ def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterato
         "tensorrt_llm._torch.virtual_memory", "ray", "ray.exceptions", "ray.util", "ray.util.placement_group",
     )}  # fmt: skip
     for name, module in modules.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="stub_trtllm.py")
     root: Any = modules["tensorrt_llm"]
     root.__version__ = "1.2.0" if old else "1.3.0rc21"
     root.AsyncLLM, root.SamplingParams = (OldAsyncLLM, OldSamplingParams) if old else (AsyncLLM, SamplingParams)

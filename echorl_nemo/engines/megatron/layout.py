@@ -44,7 +44,7 @@ def resolve_layout(layout: ParallelConfig, model: ModelConfig, gpus: int, *, sta
 
 
 def ranks_per_replica(layout: ParallelConfig) -> int:
-    """Number of ranks that hold one replica of the policy."""
+    """Number of ranks of one data-parallel replica: tensor x pipeline x context."""
     return layout.tensor * layout.pipeline * layout.context
 
 

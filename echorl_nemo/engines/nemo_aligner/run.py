@@ -146,7 +146,8 @@ def optimizer_steps(cfg: DictConfig, prompts: int) -> int:
 
 
 def dataloaders(cfg: DictConfig, train: PromptDataset, validation: PromptDataset, eos_id: int) -> dict[str, Any]:
-    """The arguments with which the trainer builds its loaders of prompts."""
+    """Keyword arguments of the trainer: the functions that build its training and validation loaders, and the one that
+    collates prompts, padded with ``eos_id``."""
     grpo = cfg.model.grpo
     collate = partial(collate_prompts, response_length=grpo.length_params.max_length, eos_id=eos_id)
     loader = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)

@@ -29,7 +29,8 @@ def installed(step: EchoStep) -> Iterator[None]:
 
 
 def recording_rewards(create: Callable[..., Any], step: EchoStep) -> Callable[..., Any]:
-    """``create``, changed so that its estimators record the rewards that they are given in ``step``."""
+    """Wrap ``create``, upstream's factory of advantage estimators: each estimator that it makes also stores the rewards
+    that it is given in ``step``."""
 
     def create_recording(*args: Any, **kwargs: Any) -> Any:
         estimator = create(*args, **kwargs)

@@ -213,7 +213,7 @@ def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any
         (["+rollout.trtllm.extra.max_beam_width=4"], "max_beam_width=4: several beams share a request; leave it out"),
         (["+rollout.trtllm.extra.enable_attention_dp=true"], "enable_attention_dp=True: with attention data"),
         (["+rollout.trtllm.extra.orchestrator_type=rpc"], "orchestrator_type='rpc': the probe needs Ray workers"),
-        (["rollout.trtllm.colocated=false"], "rollout.trtllm.colocated=false: weights travel as handles"),
+        (["rollout.trtllm.colocated=false"], "rollout.trtllm.colocated=false: weights are transferred through"),
         (["rollout.temperature=0.7", "algo.importance=rollout"], "rollout.temperature=0.7: TensorRT-LLM's log-probs"),
         (["algo.importance=rollout"], "algo.importance=rollout skips the scoring pass"),
     ],

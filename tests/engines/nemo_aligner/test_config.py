@@ -52,7 +52,7 @@ def test_every_optimizer_parses(name: str) -> None:
         ("model.echorl.coef=much", "model.echorl.coef: "),
         ("+model.grpo.algo.clip_hihg=0.3", "model.grpo.algo.clip_hihg: no such key; did you mean clip_high?"),
         ("+model.grpo.algo.tis_cap=2.0", "model.grpo.algo.tis_cap=2.0: NeMo-Aligner's rollouts come without log-probs"),
-        ("+model.grpo.algo.dynamic_sampling=true", "dynamic_sampling=true: a step asks its prompts once here"),
+        ("+model.grpo.algo.dynamic_sampling=true", "dynamic_sampling=true: NeMo-Aligner generates once in a step"),
         ("+model.echorl.entropy_source=rollout", "TensorRT-LLM returns only tokens; use policy"),
     ],
 )
