@@ -51,7 +51,7 @@ def test_prompts(tmp_path: Path) -> None:
     assert batch["text"].tolist() == [[99, 0, 0, 0, 0], [97, 98, 0, 0, 0]]
     assert batch["length"].tolist() == [1, 2]
     assert batch["answers"] == ["", "7"] and batch["group_ids"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"prompts.jsonl:1: the prompt has 2 tokens; .* leaves 1"):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: the prompt has 2 tokens; use at most 1"):
         PromptDataset(str(path), Letters(), longest=1, field="data.train")
     path.write_text('{"question": "?"}\n')
     with pytest.raises(UserError, match=r"prompts.jsonl:1: prompt=None is not a text; the row has question"):

@@ -88,8 +88,8 @@ def test_sizes_that_do_not_divide_are_reported_at_once(
 ) -> None:
     config = tiny_config(tiny_nemo, tmp_path, "model.global_batch_size=12", "model.grpo.forward_micro_batch_size=5")
     (message,) = ranks(1, _refused, config)
-    assert "model.global_batch_size=12 does not divide the 32 rollouts of a step" in message
-    assert "model.grpo.forward_micro_batch_size=5 does not divide the 32 rollouts of a replica" in message
+    assert "model.global_batch_size=12: it does not divide the 32 rollouts of a step" in message
+    assert "model.grpo.forward_micro_batch_size=5: it does not divide the 32 rollouts of a replica" in message
 
 
 def test_too_few_prompts_are_reported_at_once(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path) -> None:
