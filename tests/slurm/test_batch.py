@@ -1,5 +1,6 @@
 """The shipped batch scripts under a real Slurm, with the tiny model and only the documented variables."""
 
+import math
 import re
 import subprocess
 import sys
@@ -96,14 +97,21 @@ def test_a_requeued_job_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> N
 
 
 def test_a_job_near_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
-    """A real limit of two minutes, and Slurm's own `--signal` before it."""
+    """A real time limit, and Slurm's own `--signal` before it.
+
+    The limit is set when the run is training, so that a slow machine cannot be signalled while it still starts.
+    """
     run, log = tmp_path / "run", tmp_path / "log"
     overrides = [*LONG, "trainer.steps=1000", "resilience.time_margin_minutes=0"]
     job = submit(
         cluster, SCRIPTS[0].name, *overrides, log=log, RUN_DIR=str(run),
-        options=("--time=2", "--signal=B:USR1@75"),
+        options=("--time=30", "--signal=B:USR1@75"),
     )  # fmt: skip
-    until(lambda: log.exists() and "put back in the queue" in log.read_text(), seconds=150, log=log)
+    until(lambda: len(read_lines(run / "metrics.jsonl")) > 1, seconds=180, log=log)
+    hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
+    limit = math.ceil((60 * (60 * hours + minutes) + seconds + 75) / 60)
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    until(lambda: "put back in the queue" in log.read_text(), seconds=180, log=log)
     saved = stopped_after(log, "SIGUSR1")
     start_again(cluster, job, log)
     until(lambda: first_step_of_attempt_2(log) == saved + 1, seconds=120, log=log)
