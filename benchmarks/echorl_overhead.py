@@ -122,21 +122,21 @@ def measure(policy: Any, batch: RolloutBatch, repetitions: int) -> dict[str, lis
     def select() -> None:
         steps = segment_steps(batch.tokens, batch.response_mask, [NEWLINE])
         assert batch.entropies is not None and batch.rewards is not None
-        batch.clip_mask = select_clips(
+        batch.clip_weight = select_clips(
             batch.entropies,
             steps,
             rewards=batch.rewards,
             finished=batch.finished,
             group_ids=batch.group_ids,
             config=policy.echorl,
-        ).mask
+        ).weight
 
     def update() -> None:
-        assert batch.clip_mask is not None and bool(batch.clip_mask.any())
+        assert batch.clip_weight is not None and bool(batch.clip_weight.any())
         policy.update(batch)
 
     def update_without_clips() -> None:
-        batch.clip_mask = None
+        batch.clip_weight = None
         policy.update(batch)
 
     actions: dict[str, Callable[[], None]] = {

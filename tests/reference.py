@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 NO_CLIP = -1
@@ -41,10 +42,23 @@ class Rollout:
     reward: float
     finished: bool
     group: int
+    before: list[int]
+    """Number of steps that end before each token."""
 
 
-def clips_of(rollouts: list[Rollout], config: Any) -> tuple[list[list[bool]], list[int]]:
-    """Mask and peak step of each rollout for the spans that no random draw decides."""
+def steps_before(tokens: list[int], response: list[bool], boundaries: set[int]) -> list[int]:
+    """A step has ended as soon as one of its boundary tokens has come."""
+    result, ended, in_run = [], 0, False
+    for token, inside in zip(tokens, response, strict=True):
+        result.append(ended if inside else 0)
+        if inside:
+            ended += token in boundaries and not in_run
+            in_run = token in boundaries
+    return result
+
+
+def clips_of(rollouts: list[Rollout], config: Any) -> tuple[list[list[float]], list[int]]:
+    """Token weights and peak step of each rollout, for the spans that no random draw decides."""
     heights = [entropies_of_steps(r.entropies, r.steps, config.step_reduction) for r in rollouts]
     eligible = []
     for i, rollout in enumerate(rollouts):
@@ -52,30 +66,46 @@ def clips_of(rollouts: list[Rollout], config: Any) -> tuple[list[list[bool]], li
         if config.scope == "degenerate":
             fine &= all(r.reward >= config.success_reward for r in rollouts if r.group == rollout.group)
         eligible.append(fine)
-    if config.per_group == "top":
+    if config.per_group != "all":
+        choose = {"top": max, "lowest": min}[config.per_group]
         for group in {r.group for r in rollouts}:
             members = [i for i, r in enumerate(rollouts) if r.group == group and eligible[i]]
             if members:
-                best = max(max(heights[i]) for i in members)
+                best = choose(max(heights[i]) for i in members)
                 winner = next(i for i in members if max(heights[i]) == best)
                 for i in members:
                     eligible[i] = i == winner
-    masks, peaks = [], []
+    chosen = [i for i in range(len(rollouts)) if eligible[i]]
+    peak_of = {i: heights[i].index(max(heights[i])) for i in chosen}
+    forks = sorted(
+        entropy
+        for i in chosen
+        for entropy, step in zip(rollouts[i].entropies, rollouts[i].steps, strict=True)
+        if step >= 0
+    )
+    least = forks[math.ceil((1 - Fraction(str(config.fork_share))) * (len(forks) - 1))] if forks else math.inf
+    weights, peaks = [], []
     for i, rollout in enumerate(rollouts):
-        mask, peak_step = [False] * len(rollout.steps), NO_CLIP
+        weight, peak_step = [0.0] * len(rollout.steps), NO_CLIP
         if eligible[i]:
-            peak = heights[i].index(max(heights[i]))
-            lowest = heights[i].index(min(heights[i]))
-            last = len(heights[i]) - 1
-            first_step, last_step = {
-                "prefix": (0, peak),
-                "full": (0, last),
-                "peak_step": (peak, peak),
-                "tail": (peak + 1, last),
-                "lowest_prefix": (0, lowest),
-            }[config.span]
-            mask = [first_step <= step <= last_step and step >= 0 for step in rollout.steps]
-            peak_step = peak if any(mask) else NO_CLIP
-        masks.append(mask)
+            peak, lowest, last = peak_of[i], heights[i].index(min(heights[i])), len(heights[i]) - 1
+            others = [peak_of[j] for j in chosen if j != i]
+            for t, step in enumerate(rollout.steps):
+                if step >= 0:
+                    weight[t] = {
+                        "prefix": step <= peak,
+                        "full": True,
+                        "peak_step": step == peak,
+                        "tail": step > peak,
+                        "lowest_prefix": step <= lowest,
+                        "clip_and_stop": step <= peak or step == last,
+                        "fork_tokens": rollout.entropies[t] >= least,
+                        "survival": sum(other >= rollout.before[t] for other in others) / max(1, len(others)),
+                    }[config.span] * 1.0
+            peak_step = peak if any(weight) else NO_CLIP
+            if config.normalizer == "clip_mean" and any(weight):
+                total = math.fsum(weight)
+                weight = [w / total for w in weight]
+        weights.append(weight)
         peaks.append(peak_step)
-    return masks, peaks
+    return weights, peaks

@@ -86,6 +86,8 @@ def method_problems(algo: AlgoConfig, echorl: EchoRLConfig) -> list[str]:
             f"model.echorl.entropy_source={echorl.entropy_source}: NeMo-Aligner's TensorRT-LLM returns only tokens; "
             "use policy"
         )
+    if echorl.fork_threshold == "running":
+        problems.append("model.echorl.fork_threshold=running: NeMo-Aligner's checkpoints do not keep it; use step")
     return problems
 
 

@@ -90,6 +90,14 @@ def host_problems(config: Any) -> list[str]:
         found.append(
             f"loss_fn.echorl.entropy_source={echorl.entropy_source}: entropies come from the scoring pass; use policy"
         )
+    for key, value, use in (
+        ("fork_threshold", "running", "step"),
+        ("coef_schedule", "linear", "constant or entropy"),
+    ):
+        if getattr(echorl, key) == value:
+            found.append(
+                f"loss_fn.echorl.{key}={value}: NeMo-RL's checkpoints keep nothing of EchoRL between steps; use {use}"
+            )
     policy, grpo = get(config, "policy"), get(config, "grpo")
     megatron = get(policy, "megatron_cfg") or {}
     if not get(megatron, "enabled"):

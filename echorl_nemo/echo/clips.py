@@ -1,6 +1,7 @@
-"""EchoClip selection: chooses the tokens that are fed back as supervision.
+"""EchoClip selection: chooses the tokens that are fed back as supervision, and their weights.
 
-Shapes: N rollouts, S positions held by this rank, K steps of the response with the most.
+Shapes: n rollouts of this rank, N of all data-parallel ranks, S positions held by this rank, K steps of the response
+with the most.
 """
 
 from dataclasses import dataclass
@@ -8,31 +9,41 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from echorl_nemo.echo.config import PER_GROUP, SPANS, EchoRLConfig
 from echorl_nemo.echo.eligible import eligible_rollouts
-from echorl_nemo.echo.entropy import step_entropy, step_lengths
+from echorl_nemo.echo.entropy import step_table
+from echorl_nemo.echo.predictable import unpredictable_settings
+from echorl_nemo.echo.rows import Rows
 from echorl_nemo.echo.spans import SpanInputs
+from echorl_nemo.echo.threshold import entropy_threshold, running_threshold
 
 
 @dataclass(frozen=True)
 class ClipSelection:
     """The EchoClips of a batch."""
 
-    mask: Tensor
-    """[N, S] bool: the clip tokens."""
+    weight: Tensor
+    """[n, S] float32 >= 0: the weight of each token in the clip loss. With normalizer `clip_mean` those of a clip sum
+    to 1."""
 
     peak_step: Tensor
-    """[N] int64: the step with the highest entropy, whatever the span; -1 where the rollout has no clip."""
+    """[n] int64: the step with the highest entropy, whatever the span; -1 where the rollout has no clip."""
 
     peak_entropy: Tensor
-    """[N] float32, nats: the entropy of the peak step; 0 where the rollout has no clip."""
+    """[n] float32, nats: the entropy of the peak step; 0 where the rollout has no clip."""
 
     stats: dict[str, float]
-    """`clips`, `clip_tokens`, `clip_share` (clip tokens over the response tokens of rollouts with a clip),
-    `relative_peak` (mean position of the peak among its response's steps, in (0, 1)), `stop_coverage` (share of
-    clips that hold the response's last token), `peak_entropy` (mean, nats), `eligible` (rollouts) and
-    `unsegmented` (share of responses that are one step)."""
+    """Over the rollouts of all ranks: `clips`, `clip_tokens` (tokens with a weight), `clip_share` (clip tokens over the
+    response tokens of rollouts with a clip), `relative_peak` (mean position of the peak among its response's steps, in
+    (0, 1)), `stop_coverage` (share of clips that hold the response's last token; of rows that are split over ranks, a
+    token of its last step), `peak_entropy` (mean, nats), `eligible` (rollouts), `unsegmented` (share of responses that
+    are one step) and `predictable` (1 if a token's weight depends only on what came before it, else 0); with
+    `span=fork_tokens` also `fork_threshold` (nats)."""
+
+    next_threshold: float | None = None
+    """With `fork_threshold=running`: the argument ``threshold`` of the next step, nats."""
 
 
 def select_clips(
@@ -44,53 +55,121 @@ def select_clips(
     group_ids: Tensor,
     config: EchoRLConfig,
     group: dist.ProcessGroup | None = None,
+    data_group: dist.ProcessGroup | None = None,
+    steps_before: Tensor | None = None,
+    threshold: float | None = None,
 ) -> ClipSelection:
-    """Select the EchoClip of every eligible rollout.
+    """Select the EchoClips of a batch: the tokens that are supervised, with their weights.
 
-    ``entropies`` [N, S] nats and ``step_ids`` [N, S] as in `step_entropy`; ``rewards`` [N] before shaping;
-    ``finished`` [N] bool, False for a truncated rollout; ``group_ids`` [N], the same for the rollouts of one prompt.
-    The tensors must hold all rollouts of a group, and for `shuffled_prefix` all rollouts of the batch: gather them
-    over data-parallel ranks first. ``group``: context-parallel ranks that share a row.
+    ``entropies`` [n, S] nats and ``step_ids`` [n, S] as in `step_entropy`; ``rewards`` [n] before shaping;
+    ``finished`` [n] bool, False for a truncated rollout; ``group_ids`` [n], the same for the rollouts of one prompt.
+    ``group``: context-parallel ranks that share a row. ``data_group``: the ranks that hold the batch's other rows; of
+    those only columns are exchanged, a few values for each rollout and step. ``steps_before`` [n, S]: what
+    `count_steps_before` returns, for `span=survival`. ``threshold``: `next_threshold` of the step before, for
+    `fork_threshold=running`.
 
-    Raises ValueError if an entropy within a response is not finite.
+    Raises ValueError if an entropy within a response is not finite, if the span needs an argument that is missing, or
+    if a user's span does not return weights.
     """
     check_finite(entropies, step_ids)
-    lengths = step_lengths(step_ids, group=group)
-    step_entropies = step_entropy(entropies, step_ids, reduction=config.step_reduction, group=group)
+    table = step_table(entropies, step_ids, reduction=config.step_reduction, group=group)
+    rows = Rows(len(entropies), entropies.device, data_group)
+    lengths, heights = rows.gather(table.lengths), rows.gather(table.entropies, fill=-torch.inf)
+    rewards, finished, group_ids = rows.gather(rewards), rows.gather(finished), rows.gather(group_ids)
     n_steps = (lengths > 0).sum(dim=1)
-    if lengths.shape[1] == 0:  # no response token in the whole batch
-        lengths, step_entropies = (
-            lengths.new_zeros(len(lengths), 1),
-            step_entropies.new_full((len(step_entropies), 1), -torch.inf),
-        )
-    peak = step_entropies.argmax(dim=1)  # the earliest on ties
-    peak_entropy = step_entropies.max(dim=1).values
+    peak = heights.argmax(dim=1)  # the earliest on ties
+    peak_entropy = heights.max(dim=1).values
     eligible = eligible_rollouts(rewards, finished, group_ids, config) & (n_steps > 0)
     n_eligible = float(eligible.sum())
     eligible = PER_GROUP.load(config.per_group)(peak_entropy, eligible, group_ids)
-    inputs = SpanInputs(peak, step_entropies, lengths, n_steps, eligible, group_ids, config.seed)
-    first, last, eligible = SPANS.load(config.span)(inputs)
 
-    has_clip = eligible & (first <= last)
-    inside = (step_ids >= first[:, None]) & (step_ids <= last[:, None]) & (step_ids >= 0)
-    clip_tokens = torch.where(_columns(lengths, first, last), lengths, 0).sum(dim=1)[has_clip].sum()
-    clips = int(has_clip.sum())
+    threshold, next_threshold = _fork_threshold(
+        entropies, (step_ids >= 0) & eligible[rows.own, None], config, threshold, (group, data_group)
+    )
+    inputs = SpanInputs(
+        peak, heights, lengths, n_steps, eligible, group_ids, config.seed, rows.own, entropies, step_ids, steps_before,
+        torch.inf if threshold is None else threshold,
+    )  # fmt: skip
+    weight = _span_weight(inputs, (step_ids >= 0) & eligible[rows.own, None], config.span)
+    clip = _clip_columns(weight, step_ids, n_steps[rows.own], group)
+    if config.normalizer == "clip_mean":
+        weight /= torch.where(clip[:, :1] > 0, clip[:, :1], 1.0).to(weight.dtype)
+
+    total, tokens, holds_end = rows.gather(clip).unbind(dim=1)
+    has_clip = total > 0
     stats = {
-        "clips": float(clips),
-        "clip_tokens": float(clip_tokens),
-        "clip_share": float(clip_tokens) / max(1, int(lengths[has_clip].sum())),
+        "clips": float(has_clip.sum()),
+        "clip_tokens": float(tokens.sum()),
+        "clip_share": float(tokens.sum()) / max(1, int(lengths[has_clip].sum())),
         "relative_peak": _mean(inputs.relative_peak[has_clip]),
-        "stop_coverage": _mean((last == n_steps - 1)[has_clip]),
+        "stop_coverage": _mean(holds_end[has_clip]),
         "peak_entropy": _mean(peak_entropy[has_clip]),
         "eligible": n_eligible,
         "unsegmented": _mean((n_steps == 1)[n_steps > 0]),
+        "predictable": float(not unpredictable_settings(config)),
     }
+    if threshold is not None:
+        stats["fork_threshold"] = threshold
+    own = has_clip[rows.own]
     return ClipSelection(
-        mask=inside & has_clip[:, None],
-        peak_step=torch.where(has_clip, peak, -1),
-        peak_entropy=torch.where(has_clip, peak_entropy, 0.0),
+        weight=weight,
+        peak_step=torch.where(own, peak[rows.own], -1),
+        peak_entropy=torch.where(own, peak_entropy[rows.own], 0.0),
         stats=stats,
+        next_threshold=next_threshold,
     )
+
+
+def _fork_threshold(
+    entropies: Tensor,
+    inside: Tensor,
+    config: EchoRLConfig,
+    earlier: float | None,
+    groups: tuple[dist.ProcessGroup | None, ...],
+) -> tuple[float | None, float | None]:
+    """This step's threshold and that of the next step, nats; None for a span that takes none."""
+    if config.span != "fork_tokens":
+        return None, None
+    own = entropy_threshold(
+        entropies, inside, config.fork_share, groups=[group for group in groups if group is not None]
+    )
+    if config.fork_threshold == "step":
+        return own, None
+    return own if earlier is None else earlier, running_threshold(earlier, own, config.fork_decay)
+
+
+def _span_weight(inputs: SpanInputs, inside: Tensor, span: str) -> Tensor:
+    """[n, S] float32: the weights that the span gives, 0 outside ``inside`` [n, S] bool. Raises ValueError if they are
+    not [n, S], finite and >= 0."""
+    weight = SPANS.load(span)(inputs)
+    if weight.shape != inside.shape:
+        raise ValueError(
+            f"echorl.span={span} returned shape {list(weight.shape)}; return weights of shape {list(inside.shape)}"
+        )
+    weight = torch.where(inside, weight.float(), 0.0)
+    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+        raise ValueError(f"echorl.span={span} returned weights that are negative or not finite; return 0 or more")
+    return weight
+
+
+def _clip_columns(weight: Tensor, step_ids: Tensor, n_steps: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[n, 3] float64 of each whole row: sum of the weights, tokens with a weight, and whether the last token has one
+    (of a row that is split over ``group``, a token of the last step)."""
+    inside = weight > 0
+    if group is not None:
+        holds_end = (inside & (step_ids == n_steps[:, None] - 1)).any(dim=1)
+    else:
+        positions = torch.arange(1, weight.shape[1] + 1, dtype=torch.int32, device=weight.device)
+        # one more column in front, so that a row without a response has a last position: 0
+        last = pad(torch.where(step_ids >= 0, positions, 0), (1, 0)).amax(dim=1).long()
+        holds_end = pad(inside, (1, 0)).gather(1, last[:, None])[:, 0]
+    columns = torch.stack(
+        [weight.sum(dim=1, dtype=torch.float64), inside.sum(dim=1).double(), holds_end.double()], dim=1
+    )
+    if group is not None:
+        dist.all_reduce(columns, group=group)
+        columns[:, 2].clamp_(max=1.0)
+    return columns
 
 
 def check_finite(entropies: Tensor, step_ids: Tensor) -> None:
@@ -102,12 +181,6 @@ def check_finite(entropies: Tensor, step_ids: Tensor) -> None:
             f"entropies[{row}, {column}]={entropies[row, column].item()} is not finite ({len(bad)} such tokens): "
             "the policy's logits are broken, so that clips cannot be selected; look at the weights and trainer.lr"
         )
-
-
-def _columns(lengths: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """[N, K] bool: the steps from ``first`` to ``last``."""
-    steps = torch.arange(lengths.shape[1], device=lengths.device)
-    return (steps >= first[:, None]) & (steps <= last[:, None])
 
 
 def _mean(values: Tensor) -> float:

@@ -12,21 +12,42 @@ SCOPES = Registry(
 )
 PER_GROUP = Registry(
     "echorl.per_group",
-    {"all": "echorl_nemo.echo.eligible:all_of_group", "top": "echorl_nemo.echo.eligible:top_of_group"},
+    {name: f"echorl_nemo.echo.eligible:{name}_of_group" for name in ("all", "top", "lowest")},
 )
 STEP_REDUCTIONS = ("mean", "max", "sum")
 SPANS = Registry(
     "echorl.span",
     {
         name: f"echorl_nemo.echo.spans:{name}"
-        for name in ("prefix", "full", "peak_step", "tail", "random_prefix", "lowest_prefix", "shuffled_prefix")
+        for name in (
+            "prefix",
+            "full",
+            "peak_step",
+            "tail",
+            "random_prefix",
+            "lowest_prefix",
+            "shuffled_prefix",
+            "clip_and_stop",
+            "fork_tokens",
+            "survival",
+        )
     },
     accepts_functions=True,
 )
 NORMALIZERS = Registry(
     "echorl.normalizer",
-    {name: f"echorl_nemo.echo.loss:count_{name}" for name in ("clip_tokens", "response_tokens", "clips")},
+    {
+        name: f"echorl_nemo.echo.loss:count_{name}"
+        for name in ("clip_mean", "clip_tokens", "response_tokens", "constant")
+    },
 )
+TOKEN_WEIGHTS = Registry(
+    "echorl.token_weight", {name: f"echorl_nemo.echo.loss:{name}_weight" for name in ("one", "probability")}
+)
+COEF_SCHEDULES = Registry(
+    "echorl.coef_schedule", {name: f"echorl_nemo.echo.schedule:{name}" for name in ("constant", "entropy", "linear")}
+)
+FORK_THRESHOLDS = ("step", "running")
 ENTROPY_SOURCES = ("policy", "rollout")
 
 
@@ -40,6 +61,18 @@ class EchoRLConfig:
     coef: float = number(1e-3, "[0, 1000000]", "it is the weight of a loss that is minimised")
     """Weight of the clip loss in the objective; 1e-3 in the paper's script."""
 
+    coef_schedule: str = choice("constant", COEF_SCHEDULES)
+    """How the weight changes over the run: `constant`; `entropy`, `coef` x exp(mean token entropy of the step), so that
+    it falls with the entropy (SRFT, arXiv 2506.19767); `linear`, a rise over `coef_warmup_steps`, then a fall to 0 over
+    `coef_decay_steps`."""
+
+    coef_warmup_steps: int = number(0, "[0, 1000000000]", "0 is off")
+    """With `coef_schedule=linear`: training steps in which the weight rises from 0 to `coef`; 0 is off."""
+
+    coef_decay_steps: int = number(0, "[0, 1000000000]", "0 is off")
+    """With `coef_schedule=linear`: training steps after the warm-up in which the weight falls from `coef` to 0; 0 is
+    off."""
+
     success_reward: float = number(1.0, "[-1000000, 1000000]")
     """A finished rollout whose reward, before any shaping, is at least this is a verified success."""
 
@@ -47,9 +80,10 @@ class EchoRLConfig:
     """Rollouts that may have a clip. `success`: every verified success. `degenerate`: only those of groups in which
     every rollout's reward is at least `success_reward`, so that all advantages of the group are 0."""
 
-    per_group: str = choice("all", PER_GROUP)
-    """Clips of a group: `all`, one for each eligible rollout; `top`, only that of the rollout with the highest step
-    entropy. With `top` there are few clips: use a smaller `coef`."""
+    per_group: str = choice("top", PER_GROUP)
+    """Clips of a group: `top`, only that of the rollout with the highest step entropy, as in the paper; `all`, one for
+    each eligible rollout; `lowest`, only that of the rollout whose highest step entropy is the group's lowest
+    (the rollout that ExGRPO prefers, arXiv 2510.02245)."""
 
     step_reduction: str = choice("mean", STEP_REDUCTIONS)
     """How the entropies of a step's tokens are combined: `mean`, `max` or `sum`."""
@@ -58,14 +92,35 @@ class EchoRLConfig:
     """Tokens that end a step: `newline` (every vocabulary entry whose text holds a newline) or a list of token ids."""
 
     span: str = choice("prefix", SPANS)
-    """Part of the response that is the clip. `prefix`: from its first token to the last of the peak step, the EchoClip.
-    Controls: `full`, `peak_step`, `tail` (after the peak), `random_prefix` (ends with a random step),
-    `lowest_prefix` (ends with the step of lowest entropy), `shuffled_prefix` (ends at the relative peak position of
-    another success). Or your own, `package.module:function`: see `echorl_nemo.echo.spans`."""
+    """Tokens of the response that are supervised, with their weights. `prefix`: from the first token to the last of the
+    peak step, the EchoClip. `clip_and_stop`: the EchoClip and the last step. `fork_tokens`: tokens whose entropy is at
+    least a threshold, see `fork_share`. `survival`: every token, weighted by the share of the batch's other clips whose
+    peak step the response has not yet passed. Controls: `full`, `peak_step`, `tail` (after the peak), `random_prefix`
+    (ends with a random step), `lowest_prefix` (ends with the step of lowest entropy), `shuffled_prefix` (ends at the
+    relative peak position of another success). Or your own, `package.module:function`: see `echorl_nemo.echo.spans`."""
 
-    normalizer: str = choice("clip_tokens", NORMALIZERS)
-    """Divisor of the summed clip loss, counted over the whole optimizer step: `clip_tokens`, `response_tokens` or
-    `clips`."""
+    fork_share: float = number(0.2, "(0, 1]")
+    """With `span=fork_tokens`: the share of the eligible rollouts' response tokens, those of highest entropy, whose
+    lowest entropy is the threshold; 0.2 in arXiv 2506.01939."""
+
+    fork_threshold: str = choice("step", FORK_THRESHOLDS)
+    """With `span=fork_tokens`: `step` takes this step's threshold; `running` the exponential mean of those of earlier
+    steps, which is saved with checkpoints. The first step takes its own."""
+
+    fork_decay: float = number(0.9, "[0, 1)")
+    """With `fork_threshold=running`: the weight of the mean so far when a step's threshold is added."""
+
+    normalizer: str = choice("clip_mean", NORMALIZERS)
+    """Divisor of the clip loss, counted over the whole optimizer step: `clip_mean`, the mean over each clip's own
+    tokens, then over clips, as in the paper; `clip_tokens`, the sum of all token weights; `response_tokens`, of every
+    rollout; `constant`, prompts of an optimizer step x `constant_length`, whatever was sampled."""
+
+    constant_length: int = number(1024, "[1, 1000000000]")
+    """Length of a clip in the divisor of normalizer `constant`, tokens."""
+
+    token_weight: str = choice("one", TOKEN_WEIGHTS)
+    """A further factor of each token's loss: `one`; `probability`, the policy's own probability of the token, without a
+    gradient, which damps rarely sampled tokens (DFT, arXiv 2508.05629)."""
 
     entropy_source: str = choice("policy", ENTROPY_SOURCES)
     """Source of the token entropies: `policy`, the scoring pass; `rollout`, returned by the rollout engine."""
@@ -75,6 +130,11 @@ class EchoRLConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "echorl", boundary_problems(self.boundary, "echorl.boundary"))
+
+
+def needs_steps_before(config: EchoRLConfig) -> bool:
+    """Whether the span takes `SpanInputs.steps_before`: `survival`, and any function of the user's."""
+    return config.span == "survival" or config.span not in tuple(SPANS)
 
 
 def boundary_problems(boundary: Any, key: str) -> list[str]:

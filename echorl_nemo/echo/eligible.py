@@ -35,7 +35,7 @@ def all_of_group(peak_entropy: Tensor, eligible: Tensor, group_ids: Tensor) -> T
 
 
 def top_of_group(peak_entropy: Tensor, eligible: Tensor, group_ids: Tensor) -> Tensor:
-    """`per_group=top`: for each group the eligible rollout with the highest peak, the earliest on ties."""
+    """`per_group=top`: for each group the eligible rollout with the highest peak, the earliest on ties: the paper's."""
     _, index = group_ids.unique(return_inverse=True)
     n_groups = int(index.max()) + 1 if len(index) else 0
     height = torch.where(eligible, peak_entropy, -torch.inf)
@@ -44,3 +44,9 @@ def top_of_group(peak_entropy: Tensor, eligible: Tensor, group_ids: Tensor) -> T
     candidates = torch.where(eligible & (height == top[index]), rows, len(rows))
     winner = torch.full((n_groups,), len(rows), device=height.device).scatter_reduce(0, index, candidates, "amin")
     return eligible & (winner[index] == rows)
+
+
+def lowest_of_group(peak_entropy: Tensor, eligible: Tensor, group_ids: Tensor) -> Tensor:
+    """`per_group=lowest`: for each group the eligible rollout with the lowest peak, the earliest on ties (the choice
+    of a rollout by low entropy is ExGRPO's, arXiv 2510.02245)."""
+    return top_of_group(-peak_entropy, eligible, group_ids)

@@ -3,9 +3,34 @@
 Shapes: N rollouts, S positions held by this rank, K steps of the response with the most.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The steps of each response."""
+
+    lengths: Tensor
+    """[N, K] int64: tokens of each step; 0 where a rollout has no such step. K is at least 1."""
+    entropies: Tensor
+    """[N, K] float32, nats; -inf where a rollout has no such step."""
+
+
+def step_table(
+    entropies: Tensor, step_ids: Tensor, *, reduction: str = "mean", group: dist.ProcessGroup | None = None
+) -> StepTable:
+    """Length and entropy of each step, from one pass. Arguments as in `step_entropy`."""
+    counts, values = _reduce(entropies, step_ids, reduction, group)
+    if reduction == "mean":
+        values = values / counts
+    values = torch.where(counts > 0, values, -torch.inf).float()
+    if not counts.shape[1]:  # no response token in the whole batch
+        counts, values = counts.new_zeros(len(counts), 1), values.new_full((len(values), 1), -torch.inf)
+    return StepTable(counts.long(), values)
 
 
 def step_entropy(
@@ -17,15 +42,7 @@ def step_entropy(
     ``group``: the context-parallel ranks that share a row; ``step_ids`` then count over the whole row. The ranks
     exchange one [N, K, 2] tensor, never the token tensors.
     """
-    counts, values = _reduce(entropies, step_ids, reduction, group)
-    if reduction == "mean":
-        values = values / counts
-    return torch.where(counts > 0, values, -torch.inf).float()
-
-
-def step_lengths(step_ids: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Tokens in each step, [N, K] int64; 0 where a rollout has no such step."""
-    return _reduce(torch.zeros(step_ids.shape, device=step_ids.device), step_ids, "sum", group)[0].long()
+    return step_table(entropies, step_ids, reduction=reduction, group=group).entropies
 
 
 def _reduce(

@@ -64,3 +64,18 @@ def segment_steps(tokens: Tensor, response_mask: Tensor, boundary_ids: Sequence[
     after_boundary = (previous >= 0) & is_boundary.gather(1, previous.clamp(min=0))
     starts = response_mask & after_boundary & ~is_boundary
     return torch.where(response_mask, starts.long().cumsum(dim=1), -1)
+
+
+def count_steps_before(tokens: Tensor, response_mask: Tensor, boundary_ids: Sequence[int]) -> Tensor:
+    """The number of steps that end before each response token, [N, S] int64; 0 outside the response.
+
+    It is known before the token is: the step that a boundary ends has ended, whether or not another boundary follows.
+    So it differs from `segment_steps` at the further tokens of a run of boundaries. Arguments as in `segment_steps`.
+    """
+    step_ids = segment_steps(tokens, response_mask, boundary_ids)
+    is_boundary = torch.isin(tokens, torch.tensor(sorted(boundary_ids), dtype=tokens.dtype, device=tokens.device))
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    latest = torch.where(response_mask, positions, -1).cummax(dim=1).values
+    previous = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    ended = step_ids + is_boundary.long()  # at each token, the steps that end with it or before it
+    return torch.where(response_mask & (previous >= 0), ended.gather(1, previous.clamp(min=0)), 0)

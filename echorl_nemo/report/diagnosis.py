@@ -15,10 +15,12 @@ def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
     """A warning if responses grow while few EchoClips hold the response's last token; empty if not.
 
     A clip that ends before the response's end holds tokens that continue the response, and none that stop it, so that
-    its NLL may teach the policy to go on (docs/method.md). The warning comes at most once in `WINDOW` steps.
-    ``history``: the metrics of all steps so far.
+    its NLL may teach the policy to go on (docs/method.md). A predictable selection has no such bias. The warning comes
+    at most once in `WINDOW` steps. ``history``: the metrics of all steps so far.
     """
     if len(history) < 2 * WINDOW or len(history) % WINDOW or "echorl.stop_coverage" not in history[-1]:
+        return ""
+    if history[-1].get("echorl.predictable"):
         return ""
     first, last = history[:WINDOW], history[-WINDOW:]
     before, after = _mean(first, "response_length"), _mean(last, "response_length")
@@ -27,7 +29,8 @@ def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
         return ""
     return (
         f"responses grew from {before:.0f} to {after:.0f} tokens while {coverage:.0%} of the EchoClips hold the "
-        "response's last token: the clips may teach the policy to go on; compare echorl.span=full or a smaller "
+        "response's last token, and the selection is not predictable: the clips may teach the policy to go on; use "
+        "echorl=fork_tokens or echorl=survival, compare echorl.span=full with echorl.per_group=all, or lower "
         "echorl.coef (docs/method.md)"
     )
 

@@ -114,7 +114,7 @@ def _record(
         "tokens": pieces(response(batch.tokens)),
         "entropies": [round(value, 5) for value in response(batch.entropies)],
         "steps": response(step_ids),
-        "clip": [int(inside) for inside in response(batch.clip_mask)],
+        "clip": [round(weight, 7) for weight in response(batch.clip_weight)],
     }
 
 

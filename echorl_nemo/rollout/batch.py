@@ -56,8 +56,8 @@ class RolloutBatch:
     """[N, S] float32 nats: log-probs of the reference policy."""
     entropies: Tensor | None = None
     """[N, S] float32 nats, exact, at the sampling temperature."""
-    clip_mask: Tensor | None = None
-    """[N, S] bool: the tokens of the EchoClips."""
+    clip_weight: Tensor | None = None
+    """[N, S] float32 >= 0: the weight of each token in the clip loss."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -74,7 +74,7 @@ def test_rows_split_over_context_parallel_ranks_give_the_unsplit_answer(
 ) -> None:
     tokens, response, entropies = rows_for_ranks()
     steps = segment_steps(tokens, response, BOUNDARIES)
-    config = EchoRLConfig(step_reduction=reduction, span=span)
+    config = EchoRLConfig(step_reduction=reduction, span=span, per_group="all")
     rewards = torch.ones(len(tokens))
     whole = step_entropy(entropies, steps, reduction=reduction)
     clips = select_clips(
@@ -90,7 +90,7 @@ def test_rows_split_over_context_parallel_ranks_give_the_unsplit_answer(
         ranks(world, _split_over_ranks, entropies, steps, rewards, config)
     ):
         assert torch.equal(heights, whole)
-        assert torch.equal(selection.mask, zigzag(clips.mask, rank, world))
+        assert torch.equal(selection.weight, zigzag(clips.weight, rank, world))
         assert torch.equal(selection.peak_step, clips.peak_step)
         assert selection.stats == clips.stats
         assert sent <= 2 * len(tokens) * (whole.shape[1] + 1)  # sums and counts of the steps, never the tokens

@@ -17,6 +17,12 @@ def test_growing_responses_with_clips_that_do_not_stop_are_reported() -> None:
     assert "from 115 to 182 tokens while 5% of the EchoClips" in warning and "echorl.span=full" in warning
 
 
+def test_predictable_selections_are_not_suspected() -> None:
+    rows = history(30, growth=1.0, coverage=0.05)
+    assert "echorl=fork_tokens" in stop_bias_warning([{**row, "echorl.predictable": 0.0} for row in rows])
+    assert stop_bias_warning([{**row, "echorl.predictable": 1.0} for row in rows]) == ""
+
+
 @pytest.mark.parametrize(
     ("steps", "growth", "coverage"),
     [(30, 0.1, 0.05), (30, 1.0, 0.5), (30, 1.0, None), (10, 9.0, 0.05), (31, 1.0, 0.05), (30, -0.5, 0.05)],

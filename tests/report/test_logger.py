@@ -61,7 +61,7 @@ def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
         reward_parts={"math": torch.ones(6)},
         advantages=torch.zeros(6),
         entropies=torch.full((6, 3), 0.123456),
-        clip_mask=clip,
+        clip_weight=clip,
     )
     logger = RunLogger(tmp_path, LoggerConfig(tensorboard=False, groups=2), first_step=0)
     logger.rollouts(4, batch, torch.tensor([[-1, 0, 1]] * 6), lambda ids: [str(i) for i in ids])

@@ -65,6 +65,8 @@ class Progress:
     """Completed training steps."""
     position: int = 0
     """Prompts used so far."""
+    fork_threshold: float | None = None
+    """Nats: the threshold of the next step's fork tokens, with `echorl.fork_threshold=running`."""
     skipped_steps: int = 0
     """Steps skipped because a loss, gradient or reward was not finite."""
     skipped_in_a_row: int = 0

@@ -147,27 +147,29 @@ class MegatronPolicy(MegatronScorer):
         for name, weight in self.model.bridge.export_hf_weights([self.model.module], cpu=False, show_progress=False):
             yield name, weight.detach().contiguous()
 
-    def update(self, batch: RolloutBatch) -> UpdateResult:
-        """Take one optimizer step on each mini-batch of whole groups.
+    def update(self, batch: RolloutBatch, *, clip_coef: float | None = None) -> UpdateResult:
+        """Take one optimizer step on each mini-batch of whole groups. ``clip_coef``: the weight of the clip loss in
+        this training step; `echorl.coef` if None.
 
         A step is not taken if loss or gradient norm are not finite, nor if the gradient is 0: then there is nothing to
         learn, and Adam's momentum and the weight decay would still change the weights.
         """
         groups = list(dict.fromkeys(batch.group_ids.tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
+        coef = self.echorl.coef if clip_coef is None else clip_coef
         taken: list[dict[str, float]] = []
         refused: list[str] = []
         for n in range(count):
             if part := groups[n::count]:  # dynamic sampling may leave fewer groups than there are optimizer steps
                 try:
-                    taken.append(self._optimizer_step(batch, part))
+                    taken.append(self._optimizer_step(batch, part, coef))
                 except NotFiniteError as why:
                     refused.append(f"optimizer step {n + 1} of {count}: {why}")
         metrics = {name: sum(step[name] for step in taken) / len(taken) for name in (taken or [{}])[0]}
         metrics["optimizer_steps"] = float(sum(step["optimizer_steps"] for step in taken))
         return UpdateResult(metrics, refused)
 
-    def _optimizer_step(self, batch: RolloutBatch, groups: list[int]) -> dict[str, float]:
+    def _optimizer_step(self, batch: RolloutBatch, groups: list[int], clip_coef: float) -> dict[str, float]:
         member = torch.isin(batch.group_ids, torch.tensor(groups))
         batch = batch.select(member.nonzero()[:, 0])
         counts = self._counts(batch)
@@ -183,7 +185,7 @@ class MegatronPolicy(MegatronScorer):
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(batch, micro_rows, self._loss_of_logits(counts), forward_only=False)
+        reports = self._run(batch, micro_rows, self._loss_of_logits(counts, clip_coef), forward_only=False)
         metrics = self._sum_reports(reports)
         if not math.isfinite(metrics["loss"]):
             raise NotFiniteError(f"the loss is {metrics['loss']}")
@@ -208,8 +210,13 @@ class MegatronPolicy(MegatronScorer):
 
     def _counts(self, batch: RolloutBatch) -> StepCounts:
         clip = torch.zeros(())
-        if batch.clip_mask is not None:
-            clip = clip_denominator(batch.clip_mask, batch.response_mask, self.echorl.normalizer)
+        if batch.clip_weight is not None:
+            clip = clip_denominator(
+                batch.clip_weight,
+                batch.response_mask,
+                self.echorl.normalizer,
+                constant=float(self.trainer.minibatch_prompts * self.echorl.constant_length),
+            )
         assert batch.counted is not None
         totals = StepTotals(
             rollouts=float(batch.counted.sum()),
@@ -219,9 +226,9 @@ class MegatronPolicy(MegatronScorer):
         return StepCounts(totals, float(clip))
 
     def _loss_of_logits(
-        self, counts: StepCounts
+        self, counts: StepCounts, clip_coef: float
     ) -> Callable[[Tensor, RolloutBatch, PackedRow | None], tuple[Tensor, Tensor, Tensor]]:
-        """The objective: policy loss, less the entropy bonus, plus coef times the clip loss; one backward for all."""
+        """The objective: policy loss, less the entropy bonus, plus ``clip_coef`` x clip loss; one backward for all."""
 
         def loss_of_logits(logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor, Tensor]:
             logprobs, entropies = self._token_statistics(
@@ -243,9 +250,9 @@ class MegatronPolicy(MegatronScorer):
                 self.algo,
             )
             loss, clip = outputs.loss, torch.zeros_like(outputs.loss)
-            if micro.clip_mask is not None:
-                clip = clip_loss(logprobs, micro.clip_mask, counts.clip)
-                loss = loss + self.echorl.coef * clip
+            if micro.clip_weight is not None:
+                clip = clip_loss(logprobs, micro.clip_weight, counts.clip, token_weight=self.echorl.token_weight)
+                loss = loss + clip_coef * clip
             metrics = {**outputs.metrics, "clip_loss": clip, "loss": loss}
             report = torch.stack([metrics[name].detach().double() for name in METRICS])
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
@@ -260,10 +267,11 @@ class MegatronPolicy(MegatronScorer):
 
 
 def _without_loss(batch: RolloutBatch) -> RolloutBatch:
-    """``batch`` with empty response and clip masks, so that its forward and backward change no gradient."""
+    """``batch`` with an empty response mask and no clip weights, so that its forward and backward change no
+    gradient."""
     batch.response_mask = torch.zeros_like(batch.response_mask)
-    if batch.clip_mask is not None:
-        batch.clip_mask = torch.zeros_like(batch.clip_mask)
+    if batch.clip_weight is not None:
+        batch.clip_weight = torch.zeros_like(batch.clip_weight)
     return batch
 
 

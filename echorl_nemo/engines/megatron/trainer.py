@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.data.prompts import PromptData
-from echorl_nemo.echo import segment_steps, select_clips
+from echorl_nemo.echo import clip_coefficient, count_steps_before, segment_steps, select_clips
+from echorl_nemo.echo.config import needs_steps_before
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.verify import verify_rollouts
@@ -61,6 +62,10 @@ class Trainer:
     watchdog: Watchdog
     failures: list[dict[str, str]] = field(default_factory=list)
     """Verdicts that were not reached in the latest step, each with prompt, answer, verifier and failure."""
+    steps_done: int = 0
+    """Training steps completed so far, by which `echorl.coef_schedule` goes."""
+    fork_threshold: float | None = None
+    """Nats: the threshold of the next step's fork tokens, with `echorl.fork_threshold=running`."""
     position: int = 0
     """Number of prompts used so far, from which a resumed run goes on."""
     generated: int = 0
@@ -87,10 +92,11 @@ class Trainer:
         if not skipped:
             metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):
-                update = self.policy.update(batch)
+                update = self.policy.update(batch, clip_coef=metrics.get("echorl.coef"))
                 metrics |= update.metrics
                 skipped = "; ".join(update.refused)
                 self.rollout.update_weights(self.policy)
+        self.steps_done += 1
         elapsed = time.perf_counter() - start
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {
@@ -199,20 +205,29 @@ class Trainer:
         batch.counted = counted_rollouts(batch.advantages, batch.group_ids, batch.finished, algo)
 
     def select_clips(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
-        """Fill in the EchoClips of the verified successes and return their statistics."""
-        if not self.config.echorl.enabled:
+        """Fill in the EchoClips of the verified successes. Returns their statistics and the weight of the clip loss."""
+        echorl = self.config.echorl
+        if not echorl.enabled:
             return {}
         assert batch.entropies is not None and batch.rewards is not None
+        before = None
+        if needs_steps_before(echorl):
+            before = count_steps_before(batch.tokens, batch.response_mask, self.boundary_ids)
         selection = select_clips(
             batch.entropies,
             step_ids,
             rewards=batch.rewards,
             finished=batch.finished,
             group_ids=batch.group_ids,
-            config=self.config.echorl,
+            config=echorl,
+            steps_before=before,
+            threshold=self.fork_threshold,
         )
-        batch.clip_mask = selection.mask
-        return {f"echorl.{name}": value for name, value in selection.stats.items()}
+        batch.clip_weight = selection.weight
+        self.fork_threshold = selection.next_threshold
+        entropy = float(batch.entropies[batch.response_mask].double().mean()) if batch.response_mask.any() else 0.0
+        statistics = {f"echorl.{name}": value for name, value in selection.stats.items()}
+        return {**statistics, "echorl.coef": clip_coefficient(echorl, step=self.steps_done, entropy=entropy)}
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and response lengths on the held-out prompts, as metrics; empty if there are no such prompts."""

@@ -148,6 +148,7 @@ class _TrainingLoop:
         """Update the progress after a step, and print a warning if the step was skipped."""
         progress = self.progress
         progress.step, progress.position = step + 1, self.trainer.position
+        progress.fork_threshold = self.trainer.fork_threshold
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
         progress.skipped_steps += bool(done.skipped)
         for failure in self.trainer.failures:
@@ -208,7 +209,8 @@ class _TrainingLoop:
                 "checkpoint.accept_changed_data=true to go on with these"
             )
         progress.data = data
-        self.trainer.position = progress.position
+        self.trainer.position, self.trainer.steps_done = progress.position, progress.step
+        self.trainer.fork_threshold = progress.fork_threshold
         self.trainer.rollout.update_weights(self.policy)  # an engine with its own weights has those of model.path
         return progress
 

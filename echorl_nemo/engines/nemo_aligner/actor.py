@@ -32,8 +32,9 @@ METRICS = ("loss", "policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_o
 """Metrics of a micro-batch. Each adds up over micro-batches and replicas."""
 
 Batch = dict[str, Tensor]
-"""Tensors of an optimizer step by name: `response_tokens` [B, S]; `mask` (the response) and `clip_mask` [B, S - 1]
-bool; `old_logprobs` and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B]; `counted` [B] bool."""
+"""Tensors of an optimizer step by name: `response_tokens` [B, S]; `mask` (the response) [B, S - 1] bool; `clip_weight`
+[B, S - 1] float32; `old_logprobs` and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B]; `counted` [B]
+bool."""
 
 
 class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
@@ -48,7 +49,11 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
         super().__init__(cfg, trainer)
         sampling = cfg.grpo.sampling_params
         self.temperature = 1.0 if sampling.get("use_greedy", False) else float(sampling.temperature)
-        self._totals, self._clip_tokens = StepTotals(0.0, 0.0, 0.0), 0.0
+        self._totals, self._clip_denominator = StepTotals(0.0, 0.0, 0.0), 0.0
+        self.clip_coef = self.echorl.coef
+        """Weight of the clip loss in the current training step; the trainer sets it."""
+        self.rollouts_per_prompt = 1
+        """Size of a group; the trainer sets it."""
 
     @torch.no_grad()
     def score(self, response_tokens: Tensor, forward_micro_batch_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -156,8 +161,8 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
             ),
             self.algo,
         )
-        clip = clip_loss(logprobs, batch["clip_mask"], self._clip_tokens)
-        loss = outputs.loss + self.echorl.coef * clip if self.echorl.enabled else outputs.loss
+        clip = clip_loss(logprobs, batch["clip_weight"], self._clip_denominator, token_weight=self.echorl.token_weight)
+        loss = outputs.loss + self.clip_coef * clip if self.echorl.enabled else outputs.loss
         metrics = {**outputs.metrics, "clip_loss": clip, "loss": loss}
         report = torch.stack([metrics[name].detach().double() for name in METRICS])
         # undo Megatron's division by the number of micro-batches and NeMo's averaging over replicas: this loss is
@@ -173,11 +178,16 @@ class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):
                 counted.sum(),
                 mask[counted].sum(),
                 mask.sum(),
-                clip_denominator(batch["clip_mask"], mask, self.echorl.normalizer),
+                clip_denominator(
+                    batch["clip_weight"],
+                    mask,
+                    self.echorl.normalizer,
+                    constant=len(mask) / self.rollouts_per_prompt * self.echorl.constant_length,
+                ),
             ]
         ).to(torch.cuda.current_device(), torch.float64)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        rollouts, tokens, response_tokens, self._clip_tokens = counts.tolist()
+        rollouts, tokens, response_tokens, self._clip_denominator = counts.tolist()
         self._totals = StepTotals(rollouts=rollouts, tokens=tokens, response_tokens=response_tokens)
 
     def _token_statistics(

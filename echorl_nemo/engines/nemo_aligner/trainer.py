@@ -14,7 +14,15 @@ from nemo_aligner.utils.parallel_state import trt_llm_reshard_region
 from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
-from echorl_nemo.echo import EchoRLConfig, boundary_ids, segment_steps, select_clips
+from echorl_nemo.echo import (
+    EchoRLConfig,
+    boundary_ids,
+    clip_coefficient,
+    count_steps_before,
+    segment_steps,
+    select_clips,
+)
+from echorl_nemo.echo.config import needs_steps_before
 from echorl_nemo.engines.nemo_aligner.batch import (
     GRPORolloutBatch,
     gather_over_replicas,
@@ -33,6 +41,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
         super().__init__(*args, **kwargs)
         self.algo, self.echorl = self.model.algo, self.model.echorl
         self.reward_weights = reward_weights
+        self.model.rollouts_per_prompt = self.cfg.num_rollouts_per_prompt
         self.boundary_ids = boundary_ids(_vocabulary(self.model.tokenizer), self.echorl.boundary)
         self.compute_init_policy_kl = self.algo.kl_coef > 0
 
@@ -113,7 +122,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
         )
         batch["counted"] = counted_rollouts(batch["advantages"], batch["group_ids"], batch["is_end"], self.algo)
         statistics = self._select_clips(batch)
-        keys = ["response_tokens", "mask", "advantages", "counted", "old_logprobs", "clip_mask"]
+        keys = ["response_tokens", "mask", "advantages", "counted", "old_logprobs", "clip_weight"]
         keys += ["init_logprobs"] if self.compute_init_policy_kl else []
         share = self._share(batch)
         return {key: share[key] for key in keys}, statistics
@@ -145,20 +154,26 @@ class EchoGRPOTrainer(ReinforceTrainer):
         return shaped
 
     def _select_clips(self, batch: GRPORolloutBatch) -> dict[str, float]:
-        """Fill in the EchoClips of the verified successes and return their statistics."""
-        batch["clip_mask"] = torch.zeros_like(batch["mask"])
+        """Fill in the EchoClips of the verified successes. Returns their statistics and the weight of the clip loss."""
+        mask = batch["mask"]
+        batch["clip_weight"] = torch.zeros_like(batch["entropies"])
         if not self.echorl.enabled:
             return {}
+        steps = (batch["response_tokens"][:, 1:], mask, self.boundary_ids)
         selection = select_clips(
             batch["entropies"],
-            segment_steps(batch["response_tokens"][:, 1:], batch["mask"], self.boundary_ids),
+            segment_steps(*steps),
             rewards=batch["rewards"],
             finished=batch["is_end"],
             group_ids=batch["group_ids"],
             config=self.echorl,
+            steps_before=count_steps_before(*steps) if needs_steps_before(self.echorl) else None,
         )
-        batch["clip_mask"] = selection.mask
-        return {f"echorl.{name}": value for name, value in selection.stats.items()}
+        batch["clip_weight"] = selection.weight
+        entropy = float(batch["entropies"].double().sum() / mask.sum().clamp(min=1))
+        self.model.clip_coef = clip_coefficient(self.echorl, step=self.step, entropy=entropy)
+        statistics = {f"echorl.{name}": value for name, value in selection.stats.items()}
+        return {**statistics, "echorl.coef": self.model.clip_coef}
 
 
 def _group_metrics(batch: GRPORolloutBatch, echorl: EchoRLConfig) -> dict[str, float]:

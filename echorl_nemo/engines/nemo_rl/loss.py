@@ -27,6 +27,7 @@ class EchoClippedPGLossFn(ClippedPGLossFn):
         super().__init__(cfg, *args, **kwargs)
         section = cfg["echorl"] if isinstance(cfg, dict) else cfg.echorl
         self.echorl_coef = float(section.get("coef", 1e-3)) if section.get("enabled", True) else 0.0
+        self.echorl_token_weight = section.get("token_weight", "one")
         normalizations = getattr(self, "metric_normalizations", None)
         if normalizations is not None:  # since v0.8 upstream records how each metric was divided
             normalizations["echorl/clip_loss"] = normalizations["loss"]
@@ -47,7 +48,10 @@ class EchoClippedPGLossFn(ClippedPGLossFn):
         if not self.echorl_coef:
             return loss, metrics
         weight = data[WEIGHT][:, 1:].to(next_token_logprobs.dtype)
-        total = -(weight * torch.where(weight > 0, next_token_logprobs, 0.0)).sum()
+        logprobs = torch.where(weight > 0, next_token_logprobs, 0.0)
+        if self.echorl_token_weight == "probability":
+            weight = weight * logprobs.detach().exp()
+        total = -(weight * logprobs).sum()
         count = global_valid_toks if self.loss_type.value == "token_level" else global_valid_seqs
         clip = total / torch.as_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1.0)
         return loss + self.echorl_coef * clip, {**metrics, "echorl/clip_loss": clip.item()}

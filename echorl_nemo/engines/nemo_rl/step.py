@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echorl_nemo.echo import EchoRLConfig, clip_denominator, segment_steps, select_clips
+from echorl_nemo.echo import (
+    EchoRLConfig,
+    clip_coefficient,
+    clip_denominator,
+    count_steps_before,
+    segment_steps,
+    select_clips,
+)
+from echorl_nemo.echo.config import needs_steps_before
 
 
 class EchoStep:
@@ -48,7 +56,8 @@ class EchoStep:
 
         ``data``: the trainer's batch with `input_ids`, `token_mask` [N, S] and `sample_mask` [N]. Each
         ``global_batch_size`` rollouts are one optimizer step, for which NeMo-RL divides the loss by D: the valid tokens
-        if ``token_level``, otherwise the valid sequences. A clip token has the weight D / Z.
+        if ``token_level``, otherwise the valid sequences. A token of weight w gets w D / Z, times the factor that
+        `echorl.coef_schedule` gives the coefficient in this step.
 
         Raises RuntimeError if rewards or entropies of these rollouts were not recorded.
         """
@@ -66,22 +75,34 @@ class EchoStep:
                 f"{rollouts}: the log-prob pass was skipped or ran on other rollouts"
             )
         valid = data["token_mask"].cpu().bool() & (data["sample_mask"].cpu() > 0)[:, None]
-        step_ids = segment_steps(data["input_ids"].cpu(), valid, self.boundary_ids)
+        tokens = data["input_ids"].cpu()
+        entropies = entropies[:, : tokens.shape[1]].float()
+        before = count_steps_before(tokens, valid, self.boundary_ids) if needs_steps_before(self.config) else None
         selection = select_clips(
-            entropies[:, : step_ids.shape[1]].float(),
-            step_ids,
+            entropies,
+            segment_steps(tokens, valid, self.boundary_ids),
             rewards=rewards,
             finished=finished,
             group_ids=group_ids,
             config=self.config,
+            steps_before=before,
         )
-        weights = torch.zeros(selection.mask.shape)
+        entropy = float(entropies[valid].double().mean()) if valid.any() else 0.0
+        coef = clip_coefficient(self.config, step=0, entropy=entropy)
+        factor = coef / self.config.coef if self.config.coef else 1.0
+        weights = torch.zeros_like(selection.weight)
         for start in range(0, rollouts, global_batch_size):
             part = slice(start, start + global_batch_size)
             divided = _valid_tokens(data, part) if token_level else float(data["sample_mask"][part].sum())
-            count = clip_denominator(selection.mask[part], valid[part], self.config.normalizer)
-            weights[part] = selection.mask[part] * (divided / max(1.0, float(count)))
-        return weights, selection.stats
+            prompts = (min(start + global_batch_size, rollouts) - start) / rollouts * len(group_ids.unique())
+            count = clip_denominator(
+                selection.weight[part],
+                valid[part],
+                self.config.normalizer,
+                constant=prompts * self.config.constant_length,
+            )
+            weights[part] = selection.weight[part] * (factor * divided / (float(count) or 1.0))
+        return weights, {**selection.stats, "coef": coef}
 
 
 def _valid_tokens(data: Mapping[str, Any], part: slice) -> float:

@@ -164,9 +164,10 @@ class Oracle:
             if success and rollout.finished and rollout.response:
                 eligible.append(rollout)
         chosen = eligible
-        if settings.per_group == "top":
+        if settings.per_group != "all":
+            choose = {"top": max, "lowest": min}[settings.per_group]
             chosen = [
-                max((other for other in eligible if other.group == group), key=lambda each: max(self._heights(each)))
+                choose((other for other in eligible if other.group == group), key=lambda each: max(self._heights(each)))
                 for group in dict.fromkeys(rollout.group for rollout in eligible)
             ]
         ends: list[bool] = []
@@ -204,9 +205,12 @@ class Oracle:
         all_tokens = max(1, sum(len(rollout.response) for rollout in rollouts))
         clipped = [rollout for rollout in rollouts if rollout.clip[0] < rollout.clip[1]]
         clip_tokens = sum(rollout.clip[1] - rollout.clip[0] for rollout in clipped)
-        denominator = {"clip_tokens": clip_tokens, "response_tokens": all_tokens, "clips": len(clipped)}[
-            echorl.normalizer
-        ]
+        denominator = {
+            "clip_mean": len(clipped),
+            "clip_tokens": clip_tokens,
+            "response_tokens": all_tokens,
+            "constant": len({rollout.group for rollout in rollouts}) * echorl.constant_length,
+        }[echorl.normalizer]
         names = ("policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_old", "kl_reference", "mismatch_dropped")
         metrics = dict.fromkeys(names, 0.0)
         total = torch.zeros((), dtype=torch.float64, requires_grad=True) * 1.0
@@ -218,6 +222,8 @@ class Oracle:
             start, end = rollout.clip
             if start < end and echorl.enabled:
                 clip = -own[start:end].sum() / denominator
+                if echorl.normalizer == "clip_mean":
+                    clip = clip / (end - start)
                 metrics["clip_loss"] += float(clip)
                 total = total + echorl.coef * clip
             if not rollout.counted or not rollout.response:

@@ -72,7 +72,7 @@ def _dynamic(config: RunConfig) -> tuple[dict[str, float], list[int], list[float
     trainer = trainer_of(config)
     step = trainer.step()
     metrics, batch = step.metrics, step.batch
-    assert batch.rewards is not None and batch.clip_mask is not None
+    assert batch.rewards is not None and batch.clip_weight is not None
     patterns = batch.rewards.view(-1, config.rollout.group_size).mean(dim=1).tolist()
     return metrics, batch.group_ids.unique().tolist(), patterns, trainer.position
 

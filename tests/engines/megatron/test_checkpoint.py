@@ -59,6 +59,13 @@ def assert_the_same_run(folder: Path, other: Path) -> None:
     assert len(metrics_of(folder)) == 6
 
 
+STATEFUL = [
+    "echorl=fork_tokens", "echorl.coef=0.3", "echorl.coef_schedule=linear", "echorl.coef_warmup_steps=3",
+    "echorl.coef_decay_steps=9",
+]  # fmt: skip
+"""The threshold and the coefficient of a step depend on the steps before it."""
+
+
 @pytest.mark.parametrize(
     ("layout", "how"),
     [
@@ -69,7 +76,7 @@ def assert_the_same_run(folder: Path, other: Path) -> None:
     ],
 )
 def test_three_and_three_steps_are_six(ranks: Ranks, tmp_path: Path, layout: str, how: str) -> None:
-    overrides = [*LAYOUTS[layout], "trainer.save_every=1", how]
+    overrides = [*LAYOUTS[layout], "trainer.save_every=1", how, *(STATEFUL if layout == "DP2" else [])]
     ranks(2, run, run_config(tmp_path / "straight", *overrides))
     ranks(2, run_until, run_config(tmp_path / "halves", *overrides), 3)
     # what an interrupted step wrote is not counted twice

@@ -18,7 +18,7 @@ def _first_steps(config: RunConfig) -> dict[str, Any]:
     scored = (batch.old_logprobs, batch.entropies)
     batch = off_policy(batch)
     metrics = [trainer.policy.update(batch).metrics for _ in range(2)]
-    return {"scored": scored, "clip_mask": batch.clip_mask, "stats": stats, "metrics": metrics}
+    return {"scored": scored, "clip_weight": batch.clip_weight, "stats": stats, "metrics": metrics}
 
 
 def run(ranks: Callable[..., list[Any]], *overrides: str) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def baseline(ranks: Callable[..., list[Any]], request: pytest.FixtureRequest) ->
 
 
 def test_the_example_has_what_makes_it_hard(baseline: dict[str, Any]) -> None:
-    clips = baseline["clip_mask"].any(dim=1)
+    clips = baseline["clip_weight"].any(dim=1)
     assert clips[:8].sum() == 6 and clips[8:].sum() == 1
     for metrics in baseline["metrics"]:
         assert 0.02 < metrics["ratio_clipped"] < 0.98
@@ -65,7 +65,7 @@ def test_steps_are_the_same(
     for result in run(ranks, *LAYOUTS[layout], f"trainer.micro_batch_size={micro_batch_size}"):
         for ours, expected in zip(result["scored"], baseline["scored"], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(result["clip_mask"], baseline["clip_mask"])
+        assert torch.equal(result["clip_weight"], baseline["clip_weight"])
         assert result["stats"] == pytest.approx(baseline["stats"], rel=1e-4)
         for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
             assert ours == pytest.approx(expected, rel=1e-4)
@@ -81,7 +81,7 @@ def test_packed_rows_give_the_same_steps(
     for result in run(ranks, *LAYOUTS[layout], *packing):
         for ours, expected in zip(result["scored"], baseline["scored"], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(result["clip_mask"], baseline["clip_mask"])
+        assert torch.equal(result["clip_weight"], baseline["clip_weight"])
         for ours, expected in zip(result["metrics"], baseline["metrics"], strict=True):
             assert ours == pytest.approx(expected, rel=1e-4)
 
@@ -97,7 +97,7 @@ def test_what_is_computed_again_changes_nothing(
 
 @pytest.mark.parametrize("preset", ["grpo", "dr_grpo"])
 def test_other_aggregations_are_the_same_over_data_parallel_ranks(ranks: Callable[..., list[Any]], preset: str) -> None:
-    overrides = [f"algo={preset}", "echorl.normalizer=clips"]
+    overrides = [f"algo={preset}", "echorl=paper"]
     (whole,) = run(ranks, *overrides)
     for part in run(ranks, *overrides, *LAYOUTS["DP2"], "trainer.micro_batch_size=2"):
         for ours, expected in zip(part["metrics"], whole["metrics"], strict=True):

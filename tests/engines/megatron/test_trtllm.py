@@ -153,7 +153,7 @@ def _clips(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
                 entropies, step_ids, rewards=batch.rewards, finished=batch.finished, group_ids=batch.group_ids,
                 config=config.echorl,
             )  # fmt: skip
-            masks.append(selection.mask)
+            masks.append(selection.weight)
         return masks[0], masks[1]
 
 
@@ -170,9 +170,9 @@ def _colocated(config: RunConfig) -> list[bool]:
         seen = []
         update = trainer.policy.update
 
-        def watched(batch: Any) -> Any:
+        def watched(batch: Any, **options: Any) -> Any:
             seen.append(bool(llm.worker.asleep))
-            return update(batch)
+            return update(batch, **options)
 
         trainer.policy.update = watched  # type: ignore[method-assign]
         for _ in range(2):

@@ -105,7 +105,7 @@ def example_batch(newline: int, eos: int, *, vocabulary: int) -> dict[str, torch
     return {
         "response_tokens": tokens,
         "mask": mask,
-        "clip_mask": clips,
+        "clip_weight": clips / clips.sum(dim=1, keepdim=True).clamp(min=1),
         "advantages": advantages,
         "counted": torch.arange(rows) >= 4,
         "old_logprobs": torch.where(mask, -3 + 0.3 * torch.randn(rows, width - 1, generator=generator), 0.0),

@@ -116,7 +116,7 @@ def _dense(config: DictConfig) -> dict[str, Any]:
         ),
         model.algo,
     )
-    clip = clip_loss(logprobs, batch["clip_mask"], float(batch["clip_mask"].sum()))
+    clip = clip_loss(logprobs, batch["clip_weight"], float(batch["clip_weight"].any(dim=1).sum()))
     return {"loss": float(outputs.loss + model.echorl.coef * clip), "clip_loss": float(clip), "entropies": entropies}
 
 

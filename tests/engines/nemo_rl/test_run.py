@@ -77,7 +77,7 @@ def test_an_all_correct_step_learns(home: Path, capsys: pytest.CaptureFixture[st
     path = config_file(home)
     assert run.main(["--config", path, "loss_fn.echorl.coef=0.1"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["grad"] > 0 and result["clips"] == [8.0] and result["worker"] == upstream.WORKER
+    assert result["grad"] > 0 and result["clips"] == [2.0] and result["worker"] == upstream.WORKER
     registry = sys.modules["nemo_rl.distributed.ray_actor_environment_registry"].ACTOR_ENVIRONMENT_REGISTRY
     assert registry[upstream.WORKER] == f"/venvs/{upstream.UPSTREAM_WORKER}/bin/python"
     assert run.main(["--config", path, "loss_fn.echorl.enabled=false"]) == 0

@@ -15,6 +15,7 @@ from tests import reference
 from tests.engines.nemo_rl.conftest import REAL
 from tests.engines.nemo_rl.helpers import NEWLINE, Bigram, loss_config, rollouts, toy_policy
 
+ALL = {"per_group": "all"}
 REWARDS = [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
 
@@ -33,8 +34,8 @@ def train(
     return policy.train(data, loss_fn), model.gradients
 
 
-def expected_clip_gradient(rewards: list[list[float]], rows: slice) -> Tensor:
-    """Of the mean NLL over the clip tokens of ``rows``, by the slow reference and autograd."""
+def expected_clip_gradient(rewards: list[list[float]], rows: slice, echorl: EchoRLConfig) -> Tensor | None:
+    """Of the clip loss of ``rows``, by the slow reference and autograd; None if they have no clip."""
     data, batch = rollouts(rewards)
     model = Bigram()
     logprobs, entropies = model.statistics(data["input_ids"])
@@ -43,34 +44,44 @@ def expected_clip_gradient(rewards: list[list[float]], rows: slice) -> Tensor:
         response = data["token_mask"][row].bool().tolist()
         steps = reference.steps_of(data["input_ids"][row].tolist(), response, {NEWLINE})
         values = entropies[row].detach().float().tolist()
-        made.append(reference.Rollout(values, steps, float(batch["total_reward"][row]), True, row // len(rewards[0])))
-    masks, _ = reference.clips_of(made, EchoRLConfig())
-    mask = torch.tensor(masks)[rows]
-    (-(logprobs[rows] * mask).sum() / mask.sum()).backward()
-    assert model.weight.grad is not None
+        before = reference.steps_before(data["input_ids"][row].tolist(), response, {NEWLINE})
+        group = row // len(rewards[0])
+        made.append(reference.Rollout(values, steps, float(batch["total_reward"][row]), True, group, before))
+    weight = torch.tensor(reference.clips_of(made, echorl)[0])[rows]
+    if not weight.any():
+        return None
+    count = weight.any(dim=1).sum() if echorl.normalizer == "clip_mean" else weight.sum()
+    (-(logprobs[rows] * weight).sum() / count).backward()
     return model.weight.grad
 
 
 @given(
     replicas=st.integers(1, 3), micro_batch_size=st.integers(1, 5), shuffle=st.integers(0, 9),
     global_batch_size=st.sampled_from([4, 6, 12]), token_level=st.booleans(),
+    echorl=st.sampled_from([{}, {**ALL, "normalizer": "clip_tokens"}, {**ALL, "span": "survival"}]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_the_clip_loss_is_the_mean_over_the_clip_tokens_of_the_optimizer_step(
-    replicas: int, micro_batch_size: int, shuffle: int, global_batch_size: int, token_level: bool
+def test_the_clip_loss_is_normalised_over_the_optimizer_step(
+    replicas: int,
+    micro_batch_size: int,
+    shuffle: int,
+    global_batch_size: int,
+    token_level: bool,
+    echorl: dict[str, Any],
 ) -> None:
     options: dict[str, Any] = {"global_batch_size": global_batch_size, "token_level_loss": token_level}
     _, plain = train(REWARDS, {"coef": 0.0}, Bigram(replicas, micro_batch_size, shuffle), **options)
-    results, gradients = train(REWARDS, {"coef": 0.3}, Bigram(replicas, micro_batch_size, shuffle), **options)
+    results, gradients = train(REWARDS, {"coef": 0.3, **echorl}, Bigram(replicas, micro_batch_size, shuffle), **options)
     assert len(gradients) == 12 // global_batch_size
     for number, (ours, theirs) in enumerate(zip(gradients, plain, strict=True)):
         rows = slice(number * global_batch_size, (number + 1) * global_batch_size)
-        if rows.start >= 8:  # only failures: no clips
+        expected = expected_clip_gradient(REWARDS, rows, EchoRLConfig(**echorl))
+        if expected is None:
             assert torch.equal(ours, theirs)
             continue
-        torch.testing.assert_close(ours - theirs, 0.3 * expected_clip_gradient(REWARDS, rows), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours - theirs, 0.3 * expected, rtol=1e-5, atol=1e-7)
     metrics = results["all_mb_metrics"]
-    assert metrics["echorl/clips"] == [6.0] and 0 < metrics["echorl/clip_share"][0] < 1
+    assert metrics["echorl/clips"] == [6.0 if echorl else 2.0] and 0 < metrics["echorl/clip_share"][0] < 1
     assert sum(metrics["echorl/clip_loss"]) > 0
 
 
@@ -100,7 +111,7 @@ def test_at_coefficient_zero_it_is_the_plain_loss_to_the_bit(token_level: bool) 
 
 def test_masked_and_truncated_rollouts_give_no_clip() -> None:
     data, batch = rollouts([[1.0] * 4])
-    policy = toy_policy(EchoRLConfig(), Bigram(), 4)
+    policy = toy_policy(EchoRLConfig(per_group="all"), Bigram(), 4)
     policy.get_logprobs(data)
     data["sample_mask"][1] = 0.0
     batch["truncated"][2] = True
@@ -112,7 +123,7 @@ def test_masked_and_truncated_rollouts_give_no_clip() -> None:
 def test_success_is_decided_on_the_reward_before_shaping() -> None:
     data, batch = rollouts([[0.5] * 4])
     batch["unshaped_total_reward"] = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    policy = toy_policy(EchoRLConfig(), Bigram(), 4)
+    policy = toy_policy(EchoRLConfig(per_group="all"), Bigram(), 4)
     policy.get_logprobs(data)
     policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
     assert policy.step.weights(data, 4, token_level=True)[1]["clips"] == 3
