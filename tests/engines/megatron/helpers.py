@@ -68,10 +68,10 @@ def run_to_end(config: RunConfig, signals: StopSignals | None = None) -> int:
         return run_rank(config, to_yaml(config), checked_inputs(config), PLATFORM, signals, closers)
 
 
-def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None) -> RolloutBatch:
+def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = None, *, seed: int = 11) -> RolloutBatch:
     """4 groups of 4 random rollouts of many lengths: an all-success group, a mixed one, one without success, and one
     with a truncated success. Two data-parallel ranks get 6 clips and 1."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     rewards = rewards or [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
     prompt_lengths = torch.tensor([5, 9, 7, 13]).repeat_interleave(4)
     response_lengths = torch.randint(2, 22, (16,), generator=generator)

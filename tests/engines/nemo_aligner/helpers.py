@@ -87,9 +87,9 @@ class Records:
         return [metrics for kind, metrics in self.metrics if kind == prefix]
 
 
-def example_batch(newline: int, eos: int, *, vocabulary: int) -> dict[str, torch.Tensor]:
+def example_batch(newline: int, eos: int, *, vocabulary: int, seed: int = 11) -> dict[str, torch.Tensor]:
     """16 random rollouts of 4 groups as `get_loss_and_metrics` takes them, off-policy, with clips of some successes."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     rows, width = 16, 30
     prompt = torch.tensor([5, 9, 7, 12]).repeat_interleave(4)
     length = prompt + torch.randint(2, 18, (rows,), generator=generator)

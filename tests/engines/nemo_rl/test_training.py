@@ -14,6 +14,7 @@ from echorl_nemo.engines.nemo_rl.loss import EchoClippedPGLossFn
 from tests import reference
 from tests.engines.nemo_rl.conftest import REAL
 from tests.engines.nemo_rl.helpers import NEWLINE, Bigram, loss_config, rollouts, toy_policy
+from tests.paper import Row, paper
 
 ALL = {"per_group": "all"}
 REWARDS = [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
@@ -83,6 +84,29 @@ def test_the_clip_loss_is_normalised_over_the_optimizer_step(
     metrics = results["all_mb_metrics"]
     assert metrics["echorl/clips"] == [6.0 if echorl else 2.0] and 0 < metrics["echorl/clip_share"][0] < 1
     assert sum(metrics["echorl/clip_loss"]) > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_default_is_the_paper(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rewards = (torch.rand(4, 4, generator=generator) < 0.6).float().tolist()
+    data, batch = rollouts(rewards, seed)
+    model = Bigram(replicas=2, micro_batch_size=3)
+    policy = toy_policy(EchoRLConfig(coef=0.3), model, 16)
+    scored, entropies = (values.detach() for values in Bigram().statistics(data["input_ids"]))
+    data["prev_logprobs"] = policy.get_logprobs(data)["logprobs"]
+    data["advantages"] = torch.zeros_like(scored)
+    policy.step.record_rewards(batch["prompt_ids"], batch["total_reward"], batch)
+    results = policy.train(data, EchoClippedPGLossFn(loss_config(REAL, echorl={"coef": 0.3})))
+    rows = [
+        Row(
+            data["input_ids"][i].tolist(), data["token_mask"][i].bool().tolist(), entropies[i].float().tolist(),
+            scored[i].tolist(), rewards[i // 4][i % 4] == 1.0, i // 4,
+        )
+        for i in range(16)
+    ]  # fmt: skip
+    _, loss = paper(rows, {NEWLINE})
+    assert sum(results["all_mb_metrics"]["echorl/clip_loss"]) == pytest.approx(loss, rel=1e-6)
 
 
 def test_all_correct_gives_a_gradient_and_all_wrong_none() -> None:
