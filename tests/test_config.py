@@ -97,7 +97,7 @@ def test_the_papers_settings() -> None:
         ("+echorl.coeff=1", r"\+echorl.coeff=1: no such key; did you mean echorl.coef\?"),
         ("++trainer.step=1", r"did you mean trainer.steps\?"),
         ("+traner.steps=1", r"did you mean trainer.steps\?"),
-        ("algo=dappo", r"algo=dappo: no such choice; did you mean dapo\? There are cispo, dapo, dr_grpo"),
+        ("algo=dappo", r"algo=dappo: no such choice; did you mean dapo\? There are avspo, cispo, dapo, dr_grpo"),
         ("+trainer.steps=3", r"\+trainer.steps=3: the key is there already; leave out the \+"),
         ("~trainer.steps", "~trainer.steps: a key is not deleted"),
         ("trainer.steps=1,2", "trainer.steps=1,2: several values for one key; start one run for each"),

@@ -79,6 +79,11 @@ def method_problems(algo: AlgoConfig, echorl: EchoRLConfig) -> list[str]:
         for name in ("tis_cap", "icepop_low", "icepop_high")
         if getattr(algo, name) is not None
     ]
+    problems += [
+        f"model.grpo.algo.{name}={getattr(algo, name)}: NeMo-Aligner does not have it; use {off}, or engine=megatron"
+        for name, value, off in (("degenerate", "avspo", "zero"), ("anchor", "mcpo", "none"))
+        if getattr(algo, name) == value
+    ]
     if algo.dynamic_sampling:
         problems.append("model.grpo.algo.dynamic_sampling=true: NeMo-Aligner generates once in a step; use false")
     if echorl.entropy_source != "policy":

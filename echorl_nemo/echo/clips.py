@@ -17,7 +17,7 @@ from echorl_nemo.echo.entropy import step_table
 from echorl_nemo.echo.predictable import unpredictable_settings
 from echorl_nemo.echo.rows import Rows
 from echorl_nemo.echo.spans import SpanInputs
-from echorl_nemo.echo.threshold import entropy_threshold, running_threshold
+from echorl_nemo.ops.entropy_threshold import entropy_threshold, running_threshold
 
 
 @dataclass(frozen=True)

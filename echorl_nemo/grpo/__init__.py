@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from echorl_nemo.grpo.kl import kl_estimate
     from echorl_nemo.grpo.loss import LossInputs, LossOutputs, StepTotals, policy_loss
     from echorl_nemo.grpo.sampling import all_success_groups, counted_rollouts, effective_groups, overlong_penalty
+    from echorl_nemo.grpo.token_advantages import step_advantages
 
 __all__ = [
     "AlgoConfig",
@@ -26,12 +27,14 @@ __all__ = [
     "kl_estimate",
     "overlong_penalty",
     "policy_loss",
+    "step_advantages",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from echorl_nemo.grpo import advantages, kl, loss, sampling
+    from echorl_nemo.grpo import advantages, kl, loss, sampling, token_advantages
 
-    return next(getattr(module, name) for module in (advantages, kl, loss, sampling) if hasattr(module, name))
+    modules = (advantages, kl, loss, sampling, token_advantages)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

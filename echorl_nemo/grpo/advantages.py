@@ -81,6 +81,23 @@ def reinforce_plus_plus(rewards: Tensor, group_ids: Tensor, epsilon: float) -> T
     return grpo(rewards, torch.zeros_like(group_ids), epsilon)
 
 
+def maxrl(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """Reward minus its group's mean, divided by that mean; 0 in a group whose mean is not above 0 (arXiv 2602.02710,
+    algorithm 1, for rewards >= 0)."""
+    group = compare_within_groups(rewards, group_ids)
+    mean = rewards.double() - group.centred
+    return group.zero_if_equal(torch.where(mean > 0, group.centred / torch.where(mean > 0, mean, 1.0), 0.0))
+
+
+def mcpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
+    """`grpo`, divided by 2 sqrt(p (1 - p)) in groups whose mean reward p is above a half, for rewards of 0 and 1
+    (arXiv 2604.16972, equations 12 and 13)."""
+    group = compare_within_groups(rewards, group_ids)
+    p = (rewards.double() - group.centred).clamp(0.0, 1.0)
+    scale = torch.where((p > 0.5) & (p < 1), 2 * (p * (1 - p)).sqrt(), 1.0)
+    return grpo(rewards, group_ids, epsilon) / scale
+
+
 def equal_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """[N] bool: all rewards of the rollout's group are equal."""
     ids, index = group_ids.unique(return_inverse=True)

@@ -7,7 +7,10 @@ from echorl_nemo.ops.registry import Registry
 
 ESTIMATORS = Registry(
     "algo.estimator",
-    {name: f"echorl_nemo.grpo.advantages:{name}" for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")},
+    {
+        name: f"echorl_nemo.grpo.advantages:{name}"
+        for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "maxrl", "mcpo")
+    },
     accepts_functions=True,
 )
 LOSSES = Registry(
@@ -18,6 +21,17 @@ LOSSES = Registry(
 AGGREGATIONS = Registry(
     "algo.aggregation",
     {name: f"echorl_nemo.grpo.loss:{name}" for name in ("rollout_mean", "token_mean", "constant")},
+)
+DEGENERATE = Registry(
+    "algo.degenerate", {name: f"echorl_nemo.grpo.degenerate:{name}" for name in ("zero", "zvp", "avspo", "ngrpo")}
+)
+ANCHORS = Registry("algo.anchor", {name: f"echorl_nemo.grpo.anchor:{name}" for name in ("none", "mcpo")})
+POLICY_TOKENS = Registry(
+    "algo.policy_tokens",
+    {
+        "all": "echorl_nemo.grpo.token_advantages:all_tokens",
+        "top_entropy": "echorl_nemo.grpo.token_advantages:top_entropy_tokens",
+    },
 )
 DENOMINATORS = ("live", "all")
 KL_ESTIMATORS = Registry("algo.kl_estimator", {name: f"echorl_nemo.grpo.kl:{name}" for name in ("k1", "k2", "k3")})
@@ -33,8 +47,35 @@ class AlgoConfig:
     """Advantage of a rollout: `grpo`, reward less its group's mean, over the group's standard deviation
     (arXiv 2402.03300, section 4.1.2); `dr_grpo`, without the division (2503.20783, section 3.2); `rloo`, reward less
     the mean of the group's others (2402.14740, section 3.2); `reinforce_plus_plus`, reward less the whole batch's mean,
-    over its standard deviation (2501.03262, section 3). Or your own, `package.module:function`: see
+    over its standard deviation (2501.03262, section 3); `maxrl`, reward less its group's mean, over that mean
+    (2602.02710); `mcpo`, GRPO's, divided by 2 sqrt(p (1 - p)) where the share of successes p is above a half
+    (2604.16972, equations 12 and 13). Or your own, `package.module:function`: see
     `echorl_nemo.grpo.advantages`."""
+
+    degenerate: str = choice("zero", DEGENERATE)
+    """Advantages of groups with equal rewards: `zero`; `zvp`, RL-ZVP, by the entropy of each token, upwards where all
+    are right and downwards where all are wrong (2509.21880, equation 5); `avspo`, relative to virtual rewards if such
+    groups are many (2605.21125, section 4); `ngrpo`, relative to one virtual success in every group (2509.18851)."""
+
+    zvp_alpha: float = number(0.1, "[0, 1000]")
+    """With `degenerate=zvp`: advantage for each nat of entropy; 0.1 to 0.2 in the paper."""
+
+    policy_tokens: str = choice("all", POLICY_TOKENS)
+    """Tokens that the policy loss learns from: `all`; `top_entropy`, those of the highest entropy of the step
+    (2506.01939). Its divisor counts all tokens either way."""
+
+    policy_token_share: float = number(0.2, "(0, 1]")
+    """With `policy_tokens=top_entropy`: the share of the step's response tokens."""
+
+    anchor: str = choice("none", ANCHORS)
+    """A term that keeps the policy on prompts that all rollouts solve: `none`; `mcpo`, the hinge-KL to the policy that
+    the step starts with (2604.16972, equation 11)."""
+
+    anchor_coef: float = number(1.0, "[0, 1000000]")
+    """Weight of the anchor's term in the objective."""
+
+    anchor_budget: float = number(0.01, "[0, 20]")
+    """With `anchor=mcpo`: change of a token's log-prob that costs nothing, nats."""
 
     loss: str = choice("clipped", LOSSES)
     """`clipped`, the ratio of each token clipped (1707.06347, equation 7); `gspo`, one ratio for a response, the
@@ -121,4 +162,16 @@ class AlgoConfig:
                 f"algo.icepop_low={self.icepop_low} is above algo.icepop_high={self.icepop_high}: no token would "
                 "count; exchange them"
             )
+        if self.degenerate in ("avspo", "ngrpo") and self.estimator != "grpo":
+            problems.append(
+                f"algo.degenerate={self.degenerate} with algo.estimator={self.estimator}: virtual rewards change mean "
+                "and deviation, so that it needs algo.estimator=grpo"
+            )
+        if self.dynamic_sampling:
+            problems += [
+                f"algo.{key}={getattr(self, key)} with algo.dynamic_sampling=true: it learns from the groups that "
+                "dynamic sampling drops; use one of them"
+                for key, off in (("degenerate", "zero"), ("anchor", "none"))
+                if getattr(self, key) != off
+            ]
         check_fields(self, "algo", problems)

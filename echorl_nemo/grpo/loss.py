@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echorl_nemo.grpo.config import AGGREGATIONS, LOSSES, AlgoConfig
+from echorl_nemo.grpo.config import AGGREGATIONS, ANCHORS, LOSSES, AlgoConfig
 from echorl_nemo.grpo.kl import kl_estimate
 from echorl_nemo.grpo.mismatch import mismatch_weights, needs_mismatch_weights
 
@@ -32,6 +32,8 @@ class StepTotals:
     """Response tokens of those rollouts."""
     response_tokens: float
     """Response tokens of all rollouts, over which the entropy is averaged."""
+    mastered: float = 0.0
+    """Rollouts of all-correct groups, over which the anchor is averaged."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class LossInputs:
     """[N, S] nats, of the rollout engine; needed by `tis_cap` and IcePop."""
     reference_logprobs: Tensor | None = None
     """[N, S] nats, of the reference policy; needed by a KL in the loss."""
+    mastered: Tensor | None = None
+    """[N] bool: the rollouts of all-correct groups; needed by an anchor."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,13 @@ class LossOutputs:
 
 
 def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
-    """The policy loss: surrogate, plus `kl_coef` x KL, minus `entropy_coef` x entropy, as `AlgoConfig` defines them.
+    """The policy loss: surrogate, plus `kl_coef` x KL, plus `anchor_coef` x anchor, minus `entropy_coef` x entropy, as
+    `AlgoConfig` defines them.
 
-    Metrics: `policy_loss`; `entropy` (nats), the mean over all response tokens; and means over the response tokens of
-    the rollouts that take part in the loss: `ratio_clipped` (share of tokens whose loss the clip changed), `kl_old` and
-    `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the reference), `mismatch_dropped` (share of
-    tokens that IcePop removed).
+    Metrics: `policy_loss`; `anchor_loss` (nats); `entropy` (nats), the mean over all response tokens; and means over
+    the response tokens of the rollouts that take part in the loss: `ratio_clipped` (share of tokens whose loss the clip
+    changed), `kl_old` and `kl_reference` (nats; k3 to the step's first policy, `kl_estimator` to the reference),
+    `mismatch_dropped` (share of tokens that IcePop removed).
     """
     mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
@@ -98,11 +103,16 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (inputs.entropies * weights).sum()
 
+    anchor = ANCHORS.load(config.anchor)(inputs, config)
+    if config.anchor != "none":
+        loss = loss + config.anchor_coef * anchor
+
     with torch.no_grad():
         per_token = inputs.response_mask / max(1.0, inputs.totals.response_tokens)
         per_counted = mask / max(1.0, inputs.totals.tokens)
         metrics = {
             "policy_loss": surrogate.detach(),
+            "anchor_loss": anchor.detach(),
             "entropy": (inputs.entropies * per_token).sum(),
             "ratio_clipped": (clipped * per_counted).sum(),
             "kl_old": ((log_ratio.exp() - 1 - log_ratio) * per_counted).sum(),

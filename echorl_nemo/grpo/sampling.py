@@ -8,14 +8,15 @@ from echorl_nemo.grpo.config import AlgoConfig
 
 
 def counted_rollouts(advantages: Tensor, group_ids: Tensor, finished: Tensor, config: AlgoConfig) -> Tensor:
-    """[N] bool: the rollouts that take part in the policy loss and in its denominators.
+    """[N] bool: the rollouts that take part in the policy loss and in its denominators. ``advantages`` [N] or [N, S].
 
     With `denominator=live` only those of groups with an advantage other than 0; with `overlong_filter` only finished
     ones.
     """
     counted = torch.ones_like(finished)
     if config.denominator == "live":
-        counted = ~(equal_rewards(advantages, group_ids) & (advantages == 0))
+        nonzero = (advantages != 0).reshape(len(advantages), -1).any(dim=1)
+        counted = torch.isin(group_ids, group_ids[nonzero])
     return counted & finished if config.overlong_filter else counted
 
 

@@ -109,13 +109,19 @@ def _record(
         "answer": batch.answers[row],
         "reward": float(batch.rewards[row]) if batch.rewards is not None else None,
         "reward_parts": {name: float(part[row]) for name, part in batch.reward_parts.items()},
-        "advantage": float(batch.advantages[row]) if batch.advantages is not None else None,
+        "advantage": None if batch.advantages is None else _mean_advantage(batch.advantages[row], mask),
         "finished": bool(batch.finished[row]),
         "tokens": pieces(response(batch.tokens)),
         "entropies": [round(value, 5) for value in response(batch.entropies)],
         "steps": response(step_ids),
         "clip": [round(weight, 7) for weight in response(batch.clip_weight)],
     }
+
+
+def _mean_advantage(advantages: Tensor, mask: Tensor) -> float:
+    """The advantage of a rollout; the mean over its response tokens where they differ."""
+    inside = advantages[mask] if advantages.dim() else advantages
+    return float(inside.mean()) if inside.numel() else 0.0
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:

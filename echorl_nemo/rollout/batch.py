@@ -47,7 +47,9 @@ class RolloutBatch:
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
     """[N] float32: the reward of each verifier, by its name."""
     advantages: Tensor | None = None
-    """[N] float32."""
+    """[N] float32, or [N, S] where they differ by token."""
+    mastered: Tensor | None = None
+    """[N] bool: the rollouts of all-correct groups; None unless an anchor asks."""
     counted: Tensor | None = None
     """[N] bool: the rollouts that take part in the policy loss."""
     old_logprobs: Tensor | None = None

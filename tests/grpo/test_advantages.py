@@ -1,3 +1,4 @@
+import math
 import statistics
 
 import pytest
@@ -7,6 +8,11 @@ from hypothesis import strategies as st
 
 from echorl_nemo.grpo import group_advantages
 from echorl_nemo.grpo.config import ESTIMATORS
+
+
+def _mcpo_scale(rewards: list[float]) -> float:
+    p = statistics.fmean(rewards)
+    return 2 * math.sqrt(p * (1 - p)) if 0.5 < p < 1 else 1.0
 
 
 @given(
@@ -26,6 +32,8 @@ def test_advantages_equal_their_formula(members: list[tuple[int, float]], estima
             "dr_grpo": reward - statistics.fmean(own),
             "rloo": reward - statistics.fmean(others),
             "reinforce_plus_plus": (reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6),
+            "maxrl": reward / max(1e-9, statistics.fmean(own)) - 1 if statistics.fmean(own) > 1e-9 else 0.0,
+            "mcpo": (reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6) / _mcpo_scale(own),
         }[estimator]
         if len(set(own)) == 1:
             expected = 0.0

@@ -67,6 +67,10 @@ class Progress:
     """Prompts used so far."""
     fork_threshold: float | None = None
     """Nats: the threshold of the next step's fork tokens, with `echorl.fork_threshold=running`."""
+    collapse_threshold: float = 0.5
+    """Share of groups with equal rewards above which AVSPO acts (`algo.degenerate=avspo`)."""
+    earlier_reward: float | None = None
+    """Mean reward of the latest step, by which that share is adapted."""
     skipped_steps: int = 0
     """Steps skipped because a loss, gradient or reward was not finite."""
     skipped_in_a_row: int = 0

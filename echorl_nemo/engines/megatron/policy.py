@@ -27,6 +27,7 @@ METRICS = (
     "loss",
     "policy_loss",
     "clip_loss",
+    "anchor_loss",
     "entropy",
     "ratio_clipped",
     "kl_old",
@@ -222,6 +223,7 @@ class MegatronPolicy(MegatronScorer):
             rollouts=float(batch.counted.sum()),
             tokens=float(batch.response_mask[batch.counted].sum()),
             response_tokens=float(batch.response_mask.sum()),
+            mastered=0.0 if batch.mastered is None else float(batch.mastered.sum()),
         )
         return StepCounts(totals, float(clip))
 
@@ -246,6 +248,7 @@ class MegatronPolicy(MegatronScorer):
                     totals=counts.totals,
                     rollout_logprobs=micro.rollout_logprobs,
                     reference_logprobs=micro.reference_logprobs,
+                    mastered=micro.mastered,
                 ),
                 self.algo,
             )

@@ -18,10 +18,11 @@ from echorl_nemo.grpo import (
     all_success_groups,
     counted_rollouts,
     effective_groups,
-    group_advantages,
     kl_estimate,
     overlong_penalty,
+    step_advantages,
 )
+from echorl_nemo.grpo.degenerate import FIRST_COLLAPSE_THRESHOLD, collapse_rate, next_collapse_threshold
 from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
@@ -66,6 +67,10 @@ class Trainer:
     """Training steps completed so far, by which `echorl.coef_schedule` goes."""
     fork_threshold: float | None = None
     """Nats: the threshold of the next step's fork tokens, with `echorl.fork_threshold=running`."""
+    collapse_threshold: float = FIRST_COLLAPSE_THRESHOLD
+    """Share of groups with equal rewards above which AVSPO acts (`algo.degenerate=avspo`)."""
+    earlier_reward: float | None = None
+    """Mean reward of the step before, by which that share is adapted; None before the first."""
     position: int = 0
     """Number of prompts used so far, from which a resumed run goes on."""
     generated: int = 0
@@ -201,7 +206,23 @@ class Trainer:
             assert batch.old_logprobs is not None and batch.reference_logprobs is not None
             kl = kl_estimate(batch.old_logprobs, batch.reference_logprobs, estimator=algo.kl_estimator)
             shaped = shaped - algo.kl_coef * torch.where(batch.response_mask, kl, 0.0).sum(dim=1)
-        batch.advantages = group_advantages(shaped, batch.group_ids, estimator=algo.estimator)
+        success_reward = self.config.echorl.success_reward
+        if algo.degenerate == "avspo":
+            reward, rate = float(shaped.double().mean()), collapse_rate(shaped, batch.group_ids)
+            threshold = next_collapse_threshold(self.collapse_threshold, rate, reward, self.earlier_reward)
+            self.collapse_threshold, self.earlier_reward = threshold, reward
+        batch.advantages = step_advantages(
+            shaped,
+            batch.group_ids,
+            algo,
+            correct=batch.rewards >= success_reward,
+            success_reward=success_reward,
+            entropies=batch.entropies,
+            response_mask=batch.response_mask,
+            collapse_threshold=self.collapse_threshold,
+        )
+        if algo.anchor != "none":
+            batch.mastered = all_success_groups(batch.rewards, batch.group_ids, success_reward)
         batch.counted = counted_rollouts(batch.advantages, batch.group_ids, batch.finished, algo)
 
     def select_clips(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:

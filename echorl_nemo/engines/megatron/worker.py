@@ -37,6 +37,9 @@ from echorl_nemo.schema import RunConfig
 REQUEUE_FILE = "requeue"
 """File of the run folder that exists while the run has saved and has to be started again. It holds the reason."""
 
+CARRIED = ("fork_threshold", "collapse_threshold", "earlier_reward")
+"""Fields of the trainer that a step leaves for the next one; a checkpoint keeps them in fields of the same names."""
+
 
 def run_rank(
     config: RunConfig,
@@ -148,7 +151,8 @@ class _TrainingLoop:
         """Update the progress after a step, and print a warning if the step was skipped."""
         progress = self.progress
         progress.step, progress.position = step + 1, self.trainer.position
-        progress.fork_threshold = self.trainer.fork_threshold
+        for name in CARRIED:
+            setattr(progress, name, getattr(self.trainer, name))
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
         progress.skipped_steps += bool(done.skipped)
         for failure in self.trainer.failures:
@@ -210,7 +214,8 @@ class _TrainingLoop:
             )
         progress.data = data
         self.trainer.position, self.trainer.steps_done = progress.position, progress.step
-        self.trainer.fork_threshold = progress.fork_threshold
+        for name in CARRIED:
+            setattr(self.trainer, name, getattr(progress, name))
         self.trainer.rollout.update_weights(self.policy)  # an engine with its own weights has those of model.path
         return progress
 

@@ -33,8 +33,8 @@ METRICS = ("loss", "policy_loss", "clip_loss", "entropy", "ratio_clipped", "kl_o
 
 Batch = dict[str, Tensor]
 """Tensors of an optimizer step by name: `response_tokens` [B, S]; `mask` (the response) [B, S - 1] bool; `clip_weight`
-[B, S - 1] float32; `old_logprobs` and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B]; `counted` [B]
-bool."""
+[B, S - 1] float32; `old_logprobs` and, with a KL, `init_logprobs` [B, S - 1] nats; `advantages` [B] or [B, S - 1];
+`counted` [B] bool."""
 
 
 class MegatronGPTEchoGRPOActorModel(MegatronGPTReinforceActorModel):

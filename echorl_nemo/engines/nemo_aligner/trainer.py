@@ -29,7 +29,8 @@ from echorl_nemo.engines.nemo_aligner.batch import (
     pad_to_multiple,
     response_mask,
 )
-from echorl_nemo.grpo import counted_rollouts, group_advantages, kl_estimate, overlong_penalty
+from echorl_nemo.grpo import counted_rollouts, kl_estimate, overlong_penalty, step_advantages
+from echorl_nemo.grpo.degenerate import FIRST_COLLAPSE_THRESHOLD
 
 
 class EchoGRPOTrainer(ReinforceTrainer):
@@ -117,8 +118,15 @@ class EchoGRPOTrainer(ReinforceTrainer):
         tokens = batch["response_tokens"]
         batch["mask"] = response_mask(batch["prompt_lengths"], batch["response_lengths"], tokens.shape[1])
         self._score(batch)
-        batch["advantages"] = group_advantages(
-            self._shaped_rewards(batch), batch["group_ids"], estimator=self.algo.estimator
+        batch["advantages"] = step_advantages(
+            self._shaped_rewards(batch),
+            batch["group_ids"],
+            self.algo,
+            correct=batch["rewards"] >= self.echorl.success_reward,
+            success_reward=self.echorl.success_reward,
+            entropies=batch["entropies"],
+            response_mask=batch["mask"],
+            collapse_threshold=FIRST_COLLAPSE_THRESHOLD,
         )
         batch["counted"] = counted_rollouts(batch["advantages"], batch["group_ids"], batch["is_end"], self.algo)
         statistics = self._select_clips(batch)

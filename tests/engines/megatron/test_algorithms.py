@@ -22,13 +22,13 @@ def _train(config: RunConfig, steps: int) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_trains_with_and_without_echorl(ranks: Callable[..., list[Any]], preset: str) -> None:
-    for echorl in ("paper", "off"):
+def test_every_preset_trains_with_every_kind_of_clip(ranks: Callable[..., list[Any]], preset: str) -> None:
+    for echorl in ("paper", "fork_tokens", "off"):
         config = tiny_config(f"algo={preset}", f"echorl={echorl}", *QUICK)
         (steps,) = ranks(1, _train, config, 2)
         for metrics in steps:
             assert metrics["grad_norm"] > 0
-            assert (metrics["clip_loss"] > 0) == (echorl == "paper")
+            assert (metrics["clip_loss"] > 0) == (echorl != "off")
         assert (steps[1]["kl_reference"] != 0) == (config.algo.kl_coef > 0)
 
 
@@ -41,7 +41,10 @@ def _losses(config: RunConfig) -> list[dict[str, float]]:
     return [trainer.policy.update(batch).metrics for _ in range(2)]
 
 
-@pytest.mark.parametrize("preset", ["gspo", "cispo", "rloo", "reinforce_plus_plus"])
+@pytest.mark.parametrize(
+    "preset",
+    ["gspo", "cispo", "rloo", "reinforce_plus_plus", "zvp", "ngrpo", "avspo", "mcpo", "maxrl", "top_entropy"],
+)
 def test_presets_are_the_same_in_every_layout(ranks: Callable[..., list[Any]], preset: str) -> None:
     settings = [f"algo={preset}", "algo.kl_coef=0.1", "algo.kl_in=loss", "algo.tis_cap=1.1", "algo.icepop_high=1.3"]
     (expected,) = ranks(1, _losses, tiny_config(*settings))
@@ -50,6 +53,7 @@ def test_presets_are_the_same_in_every_layout(ranks: Callable[..., list[Any]], p
             for ours, theirs in zip(result, expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=2e-4)
     assert expected[0]["mismatch_dropped"] > 0 and expected[0]["kl_reference"] > 0
+    assert (expected[0]["anchor_loss"] > 0) == (preset == "mcpo")
 
 
 def _reference_is_restored(config: RunConfig) -> tuple[bool, bool]:

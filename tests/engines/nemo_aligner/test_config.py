@@ -53,6 +53,8 @@ def test_every_optimizer_parses(name: str) -> None:
         ("+model.grpo.algo.clip_hihg=0.3", "model.grpo.algo.clip_hihg: no such key; did you mean clip_high?"),
         ("+model.grpo.algo.tis_cap=2.0", "model.grpo.algo.tis_cap=2.0: NeMo-Aligner's rollouts come without log-probs"),
         ("+model.grpo.algo.dynamic_sampling=true", "dynamic_sampling=true: NeMo-Aligner generates once in a step"),
+        ("+model.grpo.algo.anchor=mcpo", "algo.anchor=mcpo: NeMo-Aligner does not have it; use none"),
+        ("+model.echorl.fork_threshold=running", "NeMo-Aligner's checkpoints do not keep it; use step"),
         ("+model.echorl.entropy_source=rollout", "TensorRT-LLM returns only tokens; use policy"),
     ],
 )

@@ -42,6 +42,8 @@ def test_a_good_configuration_passes() -> None:
         ("loss_fn.echorl.span", "suffix", "loss_fn.echorl.span='suffix' is not known; use one of prefix"),
         ("loss_fn.echorl.coef", "much", "loss_fn.echorl.coef=much must lie in"),
         ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the scoring pass"),
+        ("loss_fn.echorl.fork_threshold", "running", "loss_fn.echorl.fork_threshold=running: NeMo-RL's checkpoints"),
+        ("loss_fn.echorl.coef_schedule", "linear", "keep nothing of EchoRL between steps; use constant or entropy"),
         ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
         ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),
         ("policy.megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true: there are no logits"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echorl_nemo.echo.threshold import entropy_threshold, running_threshold
+from echorl_nemo.ops.entropy_threshold import entropy_threshold, running_threshold
 
 
 @given(st.integers(0, 2**31), st.integers(1, 300), st.sampled_from([0.01, 0.2, 0.3, 0.5, 0.9, 1.0]))
