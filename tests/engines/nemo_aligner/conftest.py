@@ -13,6 +13,7 @@ if importlib.util.find_spec("nemo_aligner") is None:
         "test_actor.py",
         "test_batch.py",
         "test_example.py",
+        "test_paper.py",
         "test_rewards.py",
         "test_slurm.py",
         "test_trainer.py",
