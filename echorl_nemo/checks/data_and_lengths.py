@@ -29,15 +29,25 @@ def read_inputs(config: RunConfig) -> tuple[list[str], RunInputs | None]:
         if source is None:
             continue
         try:
-            prompts = PromptData(source, data, tokenizer, field=f"data.{name}", split=split)
+            needs = name == "train" and config.algo.demonstrations != "none"
+            prompts = PromptData(
+                source,
+                data,
+                tokenizer,
+                field=f"data.{name}",
+                split=split,
+                longest_solution=config.rollout.max_new_tokens if needs else None,
+            )
         except UserError as error:
             problems += str(error).splitlines()
             continue
-        problems += length_problems(config.rollout.max_new_tokens, limit, prompts, f"data.{name}")
+        # a hint may be the whole solution, and the response comes after it
+        hint = prompts.longest_solution if config.algo.demonstrations == "uft" else 0
+        problems += length_problems(config.rollout.max_new_tokens + hint, limit, prompts, f"data.{name}")
         problems += prompt_token_problems(prompts, rows, f"data.{name}")
         if name == "train":
             train_data = prompts
-            problems += packing_problems(config, prompts)
+            problems += packing_problems(config, prompts.longest + hint)
         else:
             eval_data = prompts
     try:
@@ -85,12 +95,12 @@ def position_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[st
     ]
 
 
-def packing_problems(config: RunConfig, data: PromptData) -> list[str]:
-    """A problem if the longest rollout does not fit into a packed row."""
-    row, longest = config.trainer.pack_tokens, data.longest + config.rollout.max_new_tokens
+def packing_problems(config: RunConfig, longest_prompt: int) -> list[str]:
+    """A problem if the longest rollout does not fit into a packed row. ``longest_prompt``: tokens, hints included."""
+    row, longest = config.trainer.pack_tokens, longest_prompt + config.rollout.max_new_tokens
     if 0 < row < longest:
         return [
-            f"trainer.pack_tokens={row}: a rollout may have {longest} tokens, the longest prompt's {data.longest} and "
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens}; use {longest} or more, or 0 to pad"
+            f"trainer.pack_tokens={row}: a rollout may have {longest} tokens, the longest prompt's {longest_prompt} "
+            f"and rollout.max_new_tokens={config.rollout.max_new_tokens}; use {longest} or more, or 0 to pad"
         ]
     return []

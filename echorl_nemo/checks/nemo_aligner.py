@@ -81,8 +81,12 @@ def method_problems(algo: AlgoConfig, echorl: EchoRLConfig) -> list[str]:
     ]
     problems += [
         f"model.grpo.algo.{name}={getattr(algo, name)}: NeMo-Aligner does not have it; use {off}, or engine=megatron"
-        for name, value, off in (("degenerate", "avspo", "zero"), ("anchor", "mcpo", "none"))
-        if getattr(algo, name) == value
+        for name, values, off in (
+            ("degenerate", ("avspo",), "zero"),
+            ("anchor", ("mcpo",), "none"),
+            ("demonstrations", ("luffy", "uft"), "none"),
+        )
+        if getattr(algo, name) in values
     ]
     if algo.dynamic_sampling:
         problems.append("model.grpo.algo.dynamic_sampling=true: NeMo-Aligner generates once in a step; use false")

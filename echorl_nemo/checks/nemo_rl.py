@@ -35,6 +35,7 @@ def translation_problems(config: RunConfig) -> list[str]:
         ("algo.degenerate", algo.degenerate, "zero"),
         ("algo.policy_tokens", algo.policy_tokens, "all"),
         ("algo.anchor", algo.anchor, "none"),
+        ("algo.demonstrations", algo.demonstrations, "none"),
         ("data.reward", data.reward, "math"),
         ("data.extra_rewards", len(data.extra_rewards), 0),
         ("trainer.eval_group_size", config.trainer.eval_group_size, 1),

@@ -53,6 +53,11 @@ def rollout_problems(config: RunConfig) -> list[str]:
             "algo.importance=rollout skips the scoring pass, which gives the entropies of "
             "echorl.entropy_source=policy; use entropy_source=rollout, importance=policy, or echorl=off"
         )
+    if algo.demonstrations == "luffy" and echorl.entropy_source == "rollout":
+        problems.append(
+            "echorl.entropy_source=rollout with algo.demonstrations=luffy: the rollout engine has no entropies of a "
+            "solution; use entropy_source=policy"
+        )
     return problems
 
 

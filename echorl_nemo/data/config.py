@@ -49,7 +49,11 @@ class DataConfig:
     """Column of the reference answer: a text or a number."""
 
     solution_key: str = "solution"
-    """Column of a golden solution, for `echorl-nemo analyze`; used where every row has one."""
+    """Column of a golden solution, for `algo.demonstrations`, and for `echorl-nemo analyze` where every row has one."""
+
+    solutions: str | None = None
+    """A source like `train` with the solutions for `algo.demonstrations`: its rows have the same prompt, and
+    `solution_key`. Null takes them from `train`."""
 
     prompt_template: str | None = None
     """Jinja template of the prompt over the row's columns, in place of `prompt_key`: `Solve: {{ problem }}`. `row` is

@@ -29,15 +29,27 @@ class Prompt:
     """Number of the rollout group. Each use of the prompt in a run has its own."""
     row: Mapping[str, Any] | None = None
     """The row of the data, if a verifier of the run takes it."""
+    solution: str = ""
+    """A whole response by an expert; empty if the run takes none."""
+    hint: int = 0
+    """Tokens of the solution at the end of `tokens`."""
 
 
 class PromptData:
     """The prompts of a data source. Training reads them through `sequence`, in seeded random order."""
 
     def __init__(
-        self, source: str, config: DataConfig, tokenizer: Tokenizer, *, field: str, split: str = "train"
+        self,
+        source: str,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        field: str,
+        split: str = "train",
+        longest_solution: int | None = None,
     ) -> None:
-        """``field``: the configuration key of ``source``, for error messages.
+        """``field``: the configuration key of ``source``, for error messages. ``longest_solution``: the run needs a
+        solution of every prompt, of at most so many tokens with its end; None needs none.
 
         Raises UserError if the source cannot be read, or with the first bad rows.
         """
@@ -51,11 +63,13 @@ class PromptData:
         digest = hashlib.sha256()
         keep_rows = any(takes_row(find_verifier(name)) for name in verifier_names(config))
         reader = _RowReader(config, tokenizer)
+        read_solution = _SolutionReader(config, tokenizer, longest_solution)
         for where, row in read_rows(source, subset=config.subset, split=split, field=field):
             try:
                 if isinstance(row, UserError):
                     raise row
                 text, tokens, answer = reader.read(row, where)
+                solution = read_solution(row, where)
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -74,8 +88,11 @@ class PromptData:
             self._answers.append(answer)
             if keep_rows:
                 self._rows.append(row)
-            solutions.append(row.get(config.solution_key))
+            solutions.append(solution)
         raise_bad_rows(problems)
+        self._give_solutions = longest_solution is not None
+        self.longest_solution = read_solution.longest
+        """Tokens of the longest solution with its end; 0 if the run takes none."""
         self.solutions: list[str] = solutions if all(isinstance(s, str) and s for s in solutions) else []
         """A golden solution for each prompt; empty if any prompt has none."""
         if not self._tokens:
@@ -127,7 +144,8 @@ class PromptData:
 
     def _prompt(self, index: int, group_id: int) -> Prompt:
         row = self._rows[index] if self._rows else None
-        return Prompt(self._tokens[index], self._texts[index], self._answers[index], group_id, row)
+        solution = self.solutions[index] if self._give_solutions else ""
+        return Prompt(self._tokens[index], self._texts[index], self._answers[index], group_id, row, solution)
 
 
 def verifier_names(config: DataConfig) -> list[str]:
@@ -211,6 +229,50 @@ class _RowReader:
         if config.system_prompt is not None:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
         return messages
+
+
+class _SolutionReader:
+    """Reads the solution of a row, from the row or from the file `data.solutions`."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, longest: int | None) -> None:
+        self.config, self.tokenizer, self.limit, self.longest = config, tokenizer, longest, 0
+        self._by_prompt: dict[str, Any] | None = None
+        if longest is not None and config.solutions is not None:
+            rows = list(read_rows(config.solutions, subset=None, split="train", field="data.solutions"))
+            raise_bad_rows([str(row) for _, row in rows if isinstance(row, UserError)])
+            self._by_prompt = {
+                _prompt_key(row, config): row.get(config.solution_key)
+                for _, row in rows
+                if not isinstance(row, UserError)
+            }
+
+    def __call__(self, row: dict[str, Any], where: str) -> Any:
+        """The solution, of any type if the run takes none. Raises UserError that names the row."""
+        key = self.config.solution_key
+        if self._by_prompt is None:
+            solution = row.get(key)
+        else:
+            solution = self._by_prompt.get(_prompt_key(row, self.config))
+        if self.limit is None:
+            return solution
+        if not isinstance(solution, str) or not solution.strip():
+            what = f"{key}={solution!r}" if self._by_prompt is None else f"data.solutions has no {key} of this prompt"
+            raise UserError(
+                f"{where}: {what}: algo.demonstrations needs a solution of every prompt; add it or drop the line"
+            )
+        check_text(solution, where, key)
+        tokens = len(self.tokenizer.encode_solution(solution))
+        if tokens > self.limit:
+            raise UserError(
+                f"{where}: {key} has {tokens} tokens with its end, rollout.max_new_tokens={self.limit}; raise the "
+                "limit or drop the line"
+            )
+        self.longest = max(self.longest, tokens)
+        return solution
+
+
+def _prompt_key(row: Mapping[str, Any], config: DataConfig) -> str:
+    return json.dumps(row.get(config.prompt_key), sort_keys=True, default=str)
 
 
 def _content(message: Mapping[str, Any], where: str, key: str) -> str:

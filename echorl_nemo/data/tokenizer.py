@@ -75,6 +75,10 @@ class Tokenizer:
         ids = list(self.hf.encode(text, add_special_tokens=False))
         return ids if rendered or ids[: len(self._lead)] == self._lead else [*self._lead, *ids]
 
+    def encode_solution(self, text: str) -> list[int]:
+        """Token ids of a whole response: its text, and the end of sequence."""
+        return [*self.encode(text, rendered=True), int(self.hf.eos_token_id)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response without its special tokens. With `model.keep_special_tokens` only a stop token at the end
         is left out."""

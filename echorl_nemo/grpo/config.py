@@ -33,6 +33,7 @@ POLICY_TOKENS = Registry(
         "top_entropy": "echorl_nemo.grpo.token_advantages:top_entropy_tokens",
     },
 )
+DEMONSTRATIONS = ("none", "luffy", "uft")
 DENOMINATORS = ("live", "all")
 KL_ESTIMATORS = Registry("algo.kl_estimator", {name: f"echorl_nemo.grpo.kl:{name}" for name in ("k1", "k2", "k3")})
 KL_PLACES = ("loss", "reward")
@@ -76,6 +77,27 @@ class AlgoConfig:
 
     anchor_budget: float = number(0.01, "[0, 20]")
     """With `anchor=mcpo`: change of a token's log-prob that costs nothing, nats."""
+
+    demonstrations: str = choice("none", DEMONSTRATIONS)
+    """How solutions of the data are learnt from: `none`; `luffy`, the solution is one more rollout of its group, whose
+    loss has pi / (pi + `luffy_gamma`) in place of the clipped ratio (2504.14945); `uft`, the prompt ends with the
+    beginning of the solution, which is shortened over the run and imitated (2505.16984). An expert's response gives no
+    EchoClip: it is not the policy's own."""
+
+    luffy_gamma: float = number(0.1, "(0, 1000]")
+    """With `demonstrations=luffy`: gamma of the shaped probability."""
+
+    hint_coef: float = number(1e-3, "[0, 1000000]")
+    """With `demonstrations=uft`: weight of the NLL of the hints, mean over their tokens."""
+
+    hint_steps: int = number(300, "[1, 1000000000]")
+    """With `demonstrations=uft`: training steps in which prompts have hints."""
+
+    hint_high: float = number(0.95, "[0, 1]")
+    """With `demonstrations=uft`: share of the solution that is shown, at the start."""
+
+    hint_low: float = number(0.05, "[0, 1]")
+    """With `demonstrations=uft`: share of the solution that is shown, at the end of `hint_steps`."""
 
     loss: str = choice("clipped", LOSSES)
     """`clipped`, the ratio of each token clipped (1707.06347, equation 7); `gspo`, one ratio for a response, the
@@ -166,6 +188,11 @@ class AlgoConfig:
             problems.append(
                 f"algo.degenerate={self.degenerate} with algo.estimator={self.estimator}: virtual rewards change mean "
                 "and deviation, so that it needs algo.estimator=grpo"
+            )
+        if self.demonstrations == "luffy" and self.importance == "rollout":
+            problems.append(
+                "algo.importance=rollout with algo.demonstrations=luffy: the rollout engine has no log-probs of a "
+                "solution; use importance=policy"
             )
         if self.dynamic_sampling:
             problems += [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.grpo.config import AGGREGATIONS, ANCHORS, LOSSES, AlgoConfig
+from echorl_nemo.grpo.demonstrations import expert_loss
 from echorl_nemo.grpo.kl import kl_estimate
 from echorl_nemo.grpo.mismatch import mismatch_weights, needs_mismatch_weights
 
@@ -59,6 +60,8 @@ class LossInputs:
     """[N, S] nats, of the reference policy; needed by a KL in the loss."""
     mastered: Tensor | None = None
     """[N] bool: the rollouts of all-correct groups; needed by an anchor."""
+    expert: Tensor | None = None
+    """[N] bool: the responses by an expert (`demonstrations=luffy`); None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     weights = token_weights(mask, inputs.totals, config)
     log_ratio = torch.where(mask, inputs.logprobs - inputs.old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     token_loss, clipped = LOSSES.load(config.loss)(log_ratio, inputs, config, mask)
+    if inputs.expert is not None:
+        shaped = expert_loss(torch.where(mask, inputs.logprobs, 0.0), _per_token(inputs.advantages), config.luffy_gamma)
+        token_loss = torch.where(inputs.expert[:, None], shaped, token_loss)
+        clipped = clipped & ~inputs.expert[:, None]
     dropped = torch.zeros_like(mask)
     if needs_mismatch_weights(config):
         if inputs.rollout_logprobs is None:

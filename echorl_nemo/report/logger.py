@@ -111,6 +111,7 @@ def _record(
         "reward_parts": {name: float(part[row]) for name, part in batch.reward_parts.items()},
         "advantage": None if batch.advantages is None else _mean_advantage(batch.advantages[row], mask),
         "finished": bool(batch.finished[row]),
+        "expert": not bool(batch.sampled[row]),
         "tokens": pieces(response(batch.tokens)),
         "entropies": [round(value, 5) for value in response(batch.entropies)],
         "steps": response(step_ids),

@@ -34,6 +34,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "policy_loss": ("", "The surrogate, by `algo.aggregation`."),
     "clip_loss": ("nats", "Negative log-likelihood of the clips, by `echorl.normalizer`, before `echorl.coef`."),
     "anchor_loss": ("nats", "The term of `algo.anchor`, before `algo.anchor_coef`; 0 without one."),
+    "hint_loss": ("nats", "NLL of the hints, with `algo.demonstrations=uft`; mean over their tokens, else 0."),
     "entropy": ("nats", f"Of the policy; {TOKENS}."),
     "ratio_clipped": ("share", f"Tokens whose loss the clip changed; {COUNTED}."),
     "kl_old": ("nats", f"k3 estimate of the KL to the policy that the step started with; {COUNTED}."),

@@ -102,18 +102,19 @@ def group_records(
     run: str, records: Sequence[dict[str, Any]], *, success_reward: float = 1.0, reduction: str = "mean"
 ) -> list[dict[str, Any]]:
     """The recorded rollouts of a run by group. Each group is a dictionary: `pattern` (all right, mixed, all wrong),
-    `marks` (how many rewards are at least ``success_reward``), `reduction` (`echorl.step_reduction`), `peak` (highest
-    step entropy, nats), and the rollouts."""
+    `marks` (how many rewards are at least ``success_reward``, an expert's not counted), `reduction`
+    (`echorl.step_reduction`), `peak` (highest step entropy, nats), and the rollouts."""
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for record in records:
         rollout = {**record, "clip": record["clip"] or [0] * len(record["tokens"])}
         groups.setdefault((record["step"], record["group"]), []).append(rollout)
     made = []
     for (step, _), rollouts in groups.items():
-        right = sum((rollout["reward"] or 0.0) >= success_reward for rollout in rollouts)
-        pattern = "all right" if right == len(rollouts) else "mixed" if right else "all wrong"
+        own = [rollout for rollout in rollouts if not rollout.get("expert")]
+        right = sum((rollout["reward"] or 0.0) >= success_reward for rollout in own)
+        pattern = "all right" if right == len(own) else "mixed" if right else "all wrong"
         peak = max((max(_step_entropies(rollout, reduction), default=0.0) for rollout in rollouts), default=0.0)
-        marks = f"{right} of {len(rollouts)} right"
+        marks = f"{right} of {len(own)} right"
         made.append(
             {"run": run, "step": step, "pattern": pattern, "marks": marks, "reduction": reduction, "peak": peak,
              "rollouts": rollouts}

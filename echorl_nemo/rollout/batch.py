@@ -48,6 +48,10 @@ class RolloutBatch:
     """[N] float32: the reward of each verifier, by its name."""
     advantages: Tensor | None = None
     """[N] float32, or [N, S] where they differ by token."""
+    expert: Tensor | None = None
+    """[N] bool: the responses that are solutions of the data; None unless `algo.demonstrations=luffy`."""
+    hint_mask: Tensor | None = None
+    """[N, S] bool: the tokens of the prompt that begin its solution; None unless `algo.demonstrations=uft`."""
     mastered: Tensor | None = None
     """[N] bool: the rollouts of all-correct groups; None unless an anchor asks."""
     counted: Tensor | None = None
@@ -63,6 +67,11 @@ class RolloutBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def sampled(self) -> Tensor:
+        """[N] bool: the rollouts that the policy sampled, all but an expert's."""
+        return torch.ones_like(self.finished) if self.expert is None else ~self.expert
 
     @property
     def response_lengths(self) -> Tensor:

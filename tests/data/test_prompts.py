@@ -146,3 +146,42 @@ def test_datasets_in_files_and_folders(tokenizer: Tokenizer, tmp_path: Path, kin
 def test_what_is_no_source_is_reported(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="data.train=/no where: there is no such file, folder or hub dataset"):
         PromptData("/no where", DataConfig(train="x"), tokenizer, field="data.train")
+
+
+ROW = {"prompt": "6a+7", "answer": "3", "solution": "a6+7=3\nA:3\n"}
+
+
+def demonstrations(tokenizer: Tokenizer, path: Path, *rows: Any, limit: int = 20, **settings: Any) -> PromptData:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=str(path), **settings)
+    return PromptData(str(path), config, tokenizer, field="data.train", longest_solution=limit)
+
+
+def test_solutions_come_with_their_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = demonstrations(tokenizer, tmp_path / "x.jsonl", ROW)
+    assert data.all()[0].solution == ROW["solution"] and data.longest_solution == 10
+    assert load(tokenizer, tmp_path / "x.jsonl", ROW).all()[0].solution == ""  # nothing asks for it
+
+
+def test_solutions_of_another_file_are_found_by_prompt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}a+{i}", "answer": i} for i in (1, 2, 3)]
+    other = tmp_path / "solutions.jsonl"
+    other.write_text("".join(json.dumps({**row, "worked": f"a{row['answer']}"}) + "\n" for row in reversed(rows)))
+    settings: dict[str, Any] = {"solutions": str(other), "solution_key": "worked"}
+    data = demonstrations(tokenizer, tmp_path / "x.jsonl", *rows, **settings)
+    assert [prompt.solution for prompt in data.all()] == ["a1", "a2", "a3"]
+    with pytest.raises(UserError, match="x.jsonl:4: data.solutions has no worked of this prompt: algo.demonstrations"):
+        demonstrations(tokenizer, tmp_path / "x.jsonl", *rows, {"prompt": "9a+9", "answer": 8}, **settings)
+    with pytest.raises(UserError, match="data.solutions=.*there is no such file"):
+        demonstrations(tokenizer, tmp_path / "x.jsonl", ROW, solutions=str(tmp_path / "none.jsonl"))
+
+
+def test_bad_solutions_name_file_and_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    missing = {"prompt": "6a+7", "answer": "3"}
+    with pytest.raises(UserError) as caught:
+        demonstrations(tokenizer, tmp_path / "x.jsonl", ROW, missing, {**missing, "solution": 7}, ROW, limit=9)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert "x.jsonl:1: solution has 10 tokens with its end, rollout.max_new_tokens=9; raise the limit or" in lines[0]
+    assert "x.jsonl:2: solution=None: algo.demonstrations needs a solution of every prompt; add it or drop" in lines[1]
+    assert "x.jsonl:3: solution=7: algo.demonstrations needs a solution" in lines[2]

@@ -107,6 +107,8 @@ def test_every_model_has_the_parameters_that_transformers_gives_it(model: str) -
         (["engine=nemo_rl", "algo=mcpo"], "algo.anchor=mcpo: NeMo-RL does not support it; use none"),
         (["engine=nemo_rl", "algo=zvp"], "algo.degenerate=zvp: NeMo-RL does not support it; use zero"),
         (["engine=nemo_rl", "algo=top_entropy"], "algo.policy_tokens=top_entropy: NeMo-RL does not support it; use"),
+        (["algo=luffy"], "algo.demonstrations=luffy: NeMo-Aligner does not have it; use none, or engine=megatron"),
+        (["engine=nemo_rl", "algo=uft"], "algo.demonstrations=uft: NeMo-RL does not support it; use none"),
         (["algo=avspo"], "algo.degenerate=avspo: NeMo-Aligner does not have it; use zero"),
         (["engine=nemo_rl"], "algo.entropy_coef=0.001: NeMo-RL does not support it; use 0.0"),
         (["engine=nemo_rl", "algo=dapo"], "algo.dynamic_sampling=true: it drops the all-correct groups"),

@@ -57,9 +57,7 @@ def run_rank(
 def golden_batch(data: PromptData, tokenizer: Tokenizer) -> RolloutBatch:
     """The golden solutions of the data as a batch of rollouts, each closed with the end of sequence."""
     prompts = data.all()
-    responses = [
-        [*tokenizer.encode(solution, rendered=True), int(tokenizer.hf.eos_token_id)] for solution in data.solutions
-    ]
+    responses = [tokenizer.encode_solution(solution) for solution in data.solutions]
     lengths = torch.tensor([len(p.tokens) + len(r) for p, r in zip(prompts, responses, strict=True)])
     tokens = torch.full((len(prompts), int(lengths.max())), tokenizer.pad_id)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -28,6 +28,7 @@ METRICS = (
     "policy_loss",
     "clip_loss",
     "anchor_loss",
+    "hint_loss",
     "entropy",
     "ratio_clipped",
     "kl_old",
@@ -44,6 +45,8 @@ class StepCounts:
     totals: StepTotals
     clip: float
     """Z of the clip loss."""
+    hint_tokens: float
+    """Tokens of the hints, over which their NLL is averaged."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,8 @@ class MegatronPolicy(MegatronScorer):
             response_tokens=float(batch.response_mask.sum()),
             mastered=0.0 if batch.mastered is None else float(batch.mastered.sum()),
         )
-        return StepCounts(totals, float(clip))
+        hints = 0.0 if batch.hint_mask is None else float(batch.hint_mask.sum())
+        return StepCounts(totals, float(clip), hints)
 
     def _loss_of_logits(
         self, counts: StepCounts, clip_coef: float
@@ -249,14 +253,18 @@ class MegatronPolicy(MegatronScorer):
                     rollout_logprobs=micro.rollout_logprobs,
                     reference_logprobs=micro.reference_logprobs,
                     mastered=micro.mastered,
+                    expert=micro.expert,
                 ),
                 self.algo,
             )
-            loss, clip = outputs.loss, torch.zeros_like(outputs.loss)
+            loss, clip, hint = outputs.loss, torch.zeros_like(outputs.loss), torch.zeros_like(outputs.loss)
             if micro.clip_weight is not None:
                 clip = clip_loss(logprobs, micro.clip_weight, counts.clip, token_weight=self.echorl.token_weight)
                 loss = loss + clip_coef * clip
-            metrics = {**outputs.metrics, "clip_loss": clip, "loss": loss}
+            if micro.hint_mask is not None:
+                hint = clip_loss(logprobs, micro.hint_mask.to(logprobs.dtype), counts.hint_tokens)
+                loss = loss + self.algo.hint_coef * hint
+            metrics = {**outputs.metrics, "clip_loss": clip, "hint_loss": hint, "loss": loss}
             report = torch.stack([metrics[name].detach().double() for name in METRICS])
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
 
@@ -270,11 +278,12 @@ class MegatronPolicy(MegatronScorer):
 
 
 def _without_loss(batch: RolloutBatch) -> RolloutBatch:
-    """``batch`` with an empty response mask and no clip weights, so that its forward and backward change no
-    gradient."""
+    """``batch`` with empty masks and no clip weights, so that its forward and backward change no gradient."""
     batch.response_mask = torch.zeros_like(batch.response_mask)
     if batch.clip_weight is not None:
         batch.clip_weight = torch.zeros_like(batch.clip_weight)
+    if batch.hint_mask is not None:
+        batch.hint_mask = torch.zeros_like(batch.hint_mask)
     return batch
 
 

@@ -136,7 +136,8 @@ class MegatronScorer:
     def _token_statistics(
         self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None, *, train: bool, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, each [B, S], aligned to the token that the distribution produced."""
+        """Log-probs and entropies, each [B, S], aligned to the token that the distribution produced: of the response,
+        log-probs also of a hint."""
         produced = micro.tokens.roll(-1, dims=1)  # position t's logits produce token t + 1; the last ones are not used
         logprobs, entropies = logprob_and_entropy(
             logits,
@@ -151,8 +152,9 @@ class MegatronScorer:
             logprobs, entropies = row.unpack(logprobs), row.unpack(entropies)
         # one column to the right; where() rather than a product, since 0 * -inf is NaN
         aligned = [torch.nn.functional.pad(values[:, :-1], (1, 0)) for values in (logprobs, entropies)]
+        scored = micro.response_mask if micro.hint_mask is None else micro.response_mask | micro.hint_mask
         return (
-            torch.where(micro.response_mask, aligned[0], 0.0),
+            torch.where(scored, aligned[0], 0.0),
             torch.where(micro.response_mask, aligned[1], 0.0),
         )
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.data.prompts import PromptData
+from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import clip_coefficient, count_steps_before, segment_steps, select_clips
 from echorl_nemo.echo.config import needs_steps_before
+from echorl_nemo.engines.megatron.demonstrations import mark_hints, with_experts, with_hints
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.engines.megatron.verify import verify_rollouts
@@ -57,6 +59,7 @@ class Trainer:
     rollout: RolloutEngine
     verifiers: VerifierPool
     """The verifier that decides success first, then those that add to the reward."""
+    tokenizer: Tokenizer
     train_data: PromptData
     eval_data: PromptData | None
     boundary_ids: tuple[int, ...]
@@ -138,12 +141,13 @@ class Trainer:
             if count >= wanted or len(asked) >= rounds:
                 break
         self.rollout.sleep()
-        metrics = batch_metrics(batch, self.config.echorl.success_reward)
+        metrics = batch_metrics(batch.select(batch.sampled.nonzero()[:, 0]), self.config.echorl.success_reward)
         if not algo.dynamic_sampling:
             return batch, metrics
         kept = _first_groups(batch.group_ids, effective, wanted)
         if self.config.echorl.enabled:
-            kept |= all_success_groups(batch.rewards, batch.group_ids, self.config.echorl.success_reward)
+            success = self.config.echorl.success_reward
+            kept |= all_success_groups(own_rewards(batch, success), batch.group_ids, success)
         if not kept.any():  # keep one group, so that the run goes on with a step that changes nothing
             kept |= batch.group_ids == batch.group_ids[0]
         metrics |= {"sampling.rounds": float(len(asked)), "sampling.effective_groups": float(min(count, wanted))}
@@ -151,12 +155,18 @@ class Trainer:
 
     def _ask(self, count: int) -> RolloutBatch:
         """Generate and verify rollouts of the next ``count`` prompts."""
-        seed = self.config.trainer.seed
+        seed, algo = self.config.trainer.seed, self.config.algo
         prompts = self.train_data.sequence(self.position, count, seed=seed)
         self.position += count
+        if algo.demonstrations == "uft":
+            prompts = with_hints(prompts, self.tokenizer, algo, step=self.steps_done, seed=seed)
         with self._timed("generate"):
             batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
         self.generated += int(batch.response_mask.sum())
+        if algo.demonstrations == "uft":
+            mark_hints(batch, prompts, self.tokenizer)
+        elif algo.demonstrations == "luffy":
+            batch = with_experts(batch, prompts, self.tokenizer)
         with self._timed("verify"):
             self.failures += verify_rollouts(batch, self.verifiers, self.parallel)
         return batch
@@ -178,6 +188,8 @@ class Trainer:
         else:
             batch.old_logprobs, entropies = self.policy.score(batch)
             gaps = engine_gaps(batch, batch.old_logprobs, entropies)
+            if batch.expert is not None and batch.rollout_logprobs is not None:  # no engine sampled these
+                batch.rollout_logprobs = torch.where(batch.sampled[:, None], batch.rollout_logprobs, batch.old_logprobs)
             if self.config.echorl.entropy_source == "policy":
                 batch.entropies = entropies
         if self.config.algo.kl_coef:
@@ -222,7 +234,7 @@ class Trainer:
             collapse_threshold=self.collapse_threshold,
         )
         if algo.anchor != "none":
-            batch.mastered = all_success_groups(batch.rewards, batch.group_ids, success_reward)
+            batch.mastered = all_success_groups(own_rewards(batch, success_reward), batch.group_ids, success_reward)
         batch.counted = counted_rollouts(batch.advantages, batch.group_ids, batch.finished, algo)
 
     def select_clips(self, batch: RolloutBatch, step_ids: Tensor) -> dict[str, float]:
@@ -237,8 +249,8 @@ class Trainer:
         selection = select_clips(
             batch.entropies,
             step_ids,
-            rewards=batch.rewards,
-            finished=batch.finished,
+            rewards=own_rewards(batch, echorl.success_reward),
+            finished=batch.finished & batch.sampled,
             group_ids=batch.group_ids,
             config=echorl,
             steps_before=before,
@@ -278,6 +290,13 @@ class Trainer:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def own_rewards(batch: RolloutBatch, success_reward: float) -> Tensor:
+    """[N]: the rewards, with ``success_reward`` for an expert's response, so that it does not decide whether a group
+    is all-correct."""
+    assert batch.rewards is not None
+    return torch.where(batch.sampled, batch.rewards, success_reward)
 
 
 def nonfinite_values(batch: RolloutBatch) -> str:
@@ -320,7 +339,7 @@ def engine_gaps(batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: 
     """Differences between the rollout engine's numbers and the policy's scoring pass, over response tokens: the mean
     absolute difference of log-probs and the largest absolute difference of entropies, nats."""
     gaps = {}
-    mask = batch.response_mask
+    mask = batch.response_mask & batch.sampled[:, None]
     if batch.rollout_logprobs is not None:
         difference = (batch.rollout_logprobs - scored_logprobs).abs()[mask]
         gaps["rollout.logprob_gap"] = float(difference.mean()) if len(difference) else 0.0

@@ -294,6 +294,7 @@ def build_trainer(
             workers=config.data.reward_workers,
             timeout_seconds=config.data.reward_timeout,
         ),
+        tokenizer=inputs.tokenizer,
         train_data=inputs.train_data,
         eval_data=inputs.eval_data,
         boundary_ids=inputs.boundary_ids,

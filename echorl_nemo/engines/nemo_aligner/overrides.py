@@ -14,6 +14,7 @@ MODEL_TYPES = {"llama": "llama", "qwen2": "qwen"}
 
 UNREAD = (
     "model.keep_special_tokens",
+    "data.solutions",
     "rollout.check_share",
     "trainer.adam_eps",
     "trainer.timeout_minutes",

@@ -23,6 +23,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 UNREAD = (
     "model.keep_special_tokens",
+    "data.solutions",
     "rollout.check_share",
     "data.reward_timeout",
     "data.reward_workers",
