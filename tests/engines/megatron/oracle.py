@@ -221,7 +221,9 @@ class Oracle:
             metrics["entropy"] += float(entropies.sum()) / all_tokens
             start, end = rollout.clip
             if start < end and echorl.enabled:
-                clip = -own[start:end].sum() / denominator
+                inside = own[start:end]
+                damped = inside.detach().exp() if echorl.token_weight == "probability" else torch.ones_like(inside)
+                clip = -(damped * inside).sum() / denominator
                 if echorl.normalizer == "clip_mean":
                     clip = clip / (end - start)
                 metrics["clip_loss"] += float(clip)

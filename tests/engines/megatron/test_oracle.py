@@ -52,6 +52,7 @@ SETTINGS: dict[str, list[str]] = {
     "lowest prefix": ["algo=grpo", "echorl.span=lowest_prefix", "echorl.scope=degenerate"],
     "top of each group": ["algo=grpo", "echorl.per_group=top"],
     "lowest of each group": ["algo=grpo", "echorl.per_group=lowest"],
+    "dft": ["algo=grpo", "echorl=dft", "echorl.coef=0.3"],
     "the paper": ["algo=dr_grpo", "echorl=paper", "echorl.coef=0.3"],
     "constant": ["algo=grpo", "echorl.normalizer=constant", "echorl.constant_length=20"],
     "success at less": ["algo=grpo", "echorl.success_reward=0.5"],

@@ -77,6 +77,14 @@ def test_a_reference_policy_and_the_other_algorithms(
         assert abs(first) < 1e-5 and later[-1] > 1e-5
 
 
+def test_advantages_that_differ_by_token(ranks: Callable[..., list[Any]], tiny_nemo: Path, tmp_path: Path) -> None:
+    overrides = ["+model.grpo.algo.degenerate=zvp", "+model.grpo.algo.policy_tokens=top_entropy"]
+    config = tiny_config(tiny_nemo, tmp_path, "trainer.grpo.max_steps=2", *LAYOUTS["DP2"][1], *overrides)
+    for result in ranks(2, _fit, config):
+        assert result["changed"]
+        assert all(metrics["grad_norm"] > 0 for metrics in result["optimizer"])
+
+
 def _refused(config: DictConfig) -> str:
     with pytest.raises(UserError) as caught:
         trainer_of(config)
