@@ -40,8 +40,8 @@ def test_mcpo(seed: int, budget: float, size: int) -> None:
         ]
         losses[anchor] = float(sum(part.loss for part in parts))
         reported = float(sum(part.metrics["anchor_loss"] for part in parts))
-        assert reported == pytest.approx(expected if anchor == "mcpo" else 0.0, rel=1e-6, abs=1e-9)
-    assert losses["mcpo"] - losses["none"] == pytest.approx(2 * expected, rel=1e-5, abs=1e-9)
+        assert reported == pytest.approx(expected if anchor == "mcpo" else 0.0, rel=1e-5, abs=1e-6)
+    assert losses["mcpo"] - losses["none"] == pytest.approx(2 * expected, rel=1e-4, abs=1e-5)
 
 
 def test_within_the_budget_there_is_no_gradient() -> None:

@@ -26,7 +26,7 @@ def test_an_experts_tokens_have_the_shaped_loss(seed: int, gamma: float, loss: s
             if expert[i] and inputs["counted"][i] and inputs["response_mask"][i, t]:
                 pi = math.exp(float(inputs["logprobs"][i, t]))
                 expected -= float(inputs["advantages"][i]) * pi / (pi + gamma) / max(1.0, totals.tokens)
-    assert float(found.loss) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert float(found.loss) == pytest.approx(expected, rel=1e-5, abs=1e-6)  # weights are float32
     assert float(found.metrics["ratio_clipped"]) == pytest.approx(
         float(policy_loss(LossInputs(**own, totals=totals), config).metrics["ratio_clipped"])
     )

@@ -50,8 +50,8 @@ def _third_step(config: RunConfig, key: str | None) -> Any:
 
         update = MegatronPolicy.update
 
-        def watched(policy: MegatronPolicy, batch: Any) -> Any:
-            done = update(policy, batch)
+        def watched(policy: MegatronPolicy, batch: Any, **options: Any) -> Any:
+            done = update(policy, batch, **options)
             seen.append(CHANGES[key][1](policy))
             return done
 

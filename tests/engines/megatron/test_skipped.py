@@ -81,7 +81,7 @@ def _run_with_bad_gradients(config: RunConfig, first: int, count: int) -> tuple[
     """``count`` training steps from ``first`` on have a NaN in one rank's gradients; a step is two optimizer steps."""
     update, seen = MegatronPolicy.update, 0
 
-    def watched(policy: MegatronPolicy, batch: Any) -> Any:
+    def watched(policy: MegatronPolicy, batch: Any, **options: Any) -> Any:
         nonlocal seen
         bad = first <= seen < first + count
         seen += 1
@@ -89,7 +89,7 @@ def _run_with_bad_gradients(config: RunConfig, first: int, count: int) -> tuple[
             _poison_gradients(policy, bad_rank=1, calls=lambda call: call == 0)
         else:
             policy.model.config.finalize_model_grads_func = original(policy)
-        return update(policy, batch)
+        return update(policy, batch, **options)
 
     def original(policy: MegatronPolicy) -> Any:
         return kept.setdefault("finalize", policy.model.config.finalize_model_grads_func)
