@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from echorl_nemo.errors import UserError, first_line
 from echorl_nemo.ops.ranges import Interval
+from echorl_nemo.releases import rope_settings
 from echorl_nemo.schema import ModelConfig
 
 SIZES = (
@@ -24,21 +25,21 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 NUMBERS = {
     "rms_norm_eps": Interval("(0, 1)"),
     "layer_norm_eps": Interval("(0, 1)"),
-    "rope_theta": Interval("(0, 1e12]"),
     "attention_dropout": Interval("[0, 1)"),
     "sliding_window": Interval("[1, 1e9]"),
     "partial_rotary_factor": Interval("(0, 1]"),
 }
 
 
-SCALES = {
+ROPE = {
+    "rope_theta": Interval("(0, 1e12]"),
     "factor": Interval("(0, 1e6]"),
     "low_freq_factor": Interval("(0, 1e6]"),
     "high_freq_factor": Interval("(0, 1e6]"),
     "original_max_position_embeddings": Interval("[1, 1e9]"),
     "attention_factor": Interval("(0, 1e6]"),
 }
-"""Ranges of the numbers that attention is computed with, if they are there; `SCALES` are those of rope_scaling."""
+"""Ranges of the numbers that attention is computed with, if they are there; `ROPE`: of its position embedding."""
 
 
 def known_config(model: ModelConfig) -> PretrainedConfig:
@@ -108,8 +109,6 @@ def _impossible(hf_config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
         value = getattr(hf_config, name, None)
         if value is not None and value not in interval:
             yield name, value
-    scaling = getattr(hf_config, "rope_scaling", None)
-    if isinstance(scaling, dict):
-        for name, value in scaling.items():
-            if name in SCALES and value not in SCALES[name]:
-                yield f"rope_scaling.{name}", value
+    for name, value in rope_settings(hf_config).items():
+        if name in ROPE and value is not None and value not in ROPE[name]:
+            yield name if name == "rope_theta" else f"rope_scaling.{name}", value

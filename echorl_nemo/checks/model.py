@@ -14,6 +14,7 @@ from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron.model_settings import MAPPED_FAMILIES, ROPE_TYPES, attention_settings, rope_type
 from echorl_nemo.errors import UserError
+from echorl_nemo.releases import saved_weights
 from echorl_nemo.schema import ModelConfig
 
 SAME_SIZES = (
@@ -93,7 +94,7 @@ def weight_problems(model: ModelConfig, hf_config: PretrainedConfig) -> list[str
         return [f"model.path={model.path}: {problem}" for problem in problems]
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
-    wanted = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
+    wanted = {name: tuple(weight.shape) for name, weight in saved_weights(skeleton).items()}
     optional = set(getattr(skeleton, "_tied_weights_keys", None) or []) if hf_config.tie_word_embeddings else set()
     other = [
         f"{name} has shape {list(held[name])}, config.json asks for {list(shape)}"

@@ -19,6 +19,7 @@ NATIVE = {
     "math_verify": "math-verify",
     "matplotlib": "matplotlib",
     "megatron.core": "megatron-core",
+    "packaging": "packaging",
     "pebble": "pebble",
     "psutil": "psutil",
     "regex": "regex",

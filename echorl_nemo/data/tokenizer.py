@@ -7,9 +7,10 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from echorl_nemo.errors import UserError, first_line
+from echorl_nemo.releases import load_tokenizer
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "9a+4b+2\n", "A:3\n", " two  spaces\tand a tab", "x = [1, 2]; y",
@@ -142,7 +143,8 @@ class Tokenizer:
 
 def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        return tokenizer
     except Exception as error:  # transformers raises anything for a damaged file
         cause = first_line(error)
         raise UserError(

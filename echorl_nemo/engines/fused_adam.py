@@ -18,9 +18,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("adam_w_mode=False: only AdamW's decoupled weight decay has a stand-in")
+        if capturable:
+            raise ValueError("capturable=True: the CPU has no CUDA graphs")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     @torch.no_grad()

@@ -29,8 +29,6 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -42,6 +40,7 @@ from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.releases import checkpoint_writer
 from echorl_nemo.report.config import CONFIG_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Checksums, checksum_files, damaged_files
 from echorl_nemo.resilience.config import CheckpointConfig
@@ -97,7 +96,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, parallel: Parallel) -> None:
         self.folder, self.config, self.parallel = CheckpointFolder(run_dir / "checkpoints"), config, parallel
-        self._calls = AsyncCallsQueue()
+        self._writer = checkpoint_writer()
+        self._calls = self._writer.calls_queue()
         self._pending: _Pending | None = None
         self.longest_seconds = 0.0
         """Longest time from the beginning of a save until its checkpoint was published, seconds."""
@@ -111,12 +111,14 @@ class Checkpoints:
         begun = time.monotonic()
         with self._explain_write_errors():
             folder = self._on_main(lambda: self.folder.begin(progress.step))
-            _start_results_queue()
+            _start_results_queue(self._writer.results_module)
             policy.initialize_optimizer_state()
             # replicas share the writing of what they all hold
             strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.data_group)
             state = _state(policy, progress, low_memory=self.config.low_memory)
-            request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+            request = dist_checkpointing.save(
+                state, str(folder), strategy, async_sharded_save=True, **self._writer.save_options
+            )
             if request.async_fn is not None:
                 write = partial(_write_with_checksums, request.async_fn, folder)
                 request = request._replace(async_fn=write)
@@ -350,10 +352,10 @@ def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, *
     (folder / f"{rank}{CHECKSUM_SUFFIX}").write_text(lines, encoding="utf-8")
 
 
-def _start_results_queue() -> None:
-    """Start the process of the queue that Megatron's writer reports through, so that it ends with this rank: the one
-    that Megatron starts by itself would outlive a rank that is killed."""
-    if filesystem_async._results_queue is None:
+def _start_results_queue(module: Any) -> None:
+    """Start the process of the queue that the writer in ``module`` reports through, so that it ends with this rank: the
+    one that the writer starts by itself would outlive a rank that is killed."""
+    if module._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
         manager.start(die_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+        module._results_queue = manager.Queue()

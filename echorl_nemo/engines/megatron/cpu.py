@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from echorl_nemo.engines.fused_adam import GroupStepAdamW
+from echorl_nemo.releases import import_before_absent_packages
 
 ABSENT_PACKAGES = (
     "transformer_engine", "transformer_engine_torch", "mamba_ssm", "causal_conv1d", "fla", "nvidia_resiliency_ext",
-    "qwen_vl_utils", "timm", "open_clip", "mlflow", "wandb",
+    "qwen_vl_utils", "timm", "open_clip", "mlflow", "wandb", "modelopt",
 )  # fmt: skip
 """Packages that Megatron-Bridge imports at module level. Those that are not installed get an empty stand-in."""
 
@@ -137,6 +138,7 @@ def _import_megatron_core() -> None:
         "transformer.moe.moe_utils", "transformer.moe.router",
     ):  # fmt: skip
         importlib.import_module(f"megatron.core.{module}")
+    import_before_absent_packages()
 
 
 def _replace_random_state() -> None:
@@ -268,6 +270,8 @@ class _AbsentPackageFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = _AbsentModule(spec.name)
         module.__path__ = []
         setattr(module, "__version__", "0.0.0")  # noqa: B010  not an attribute of every module
+        if spec.name == "modelopt.torch.quantization.utils":
+            setattr(module, "is_quantized", lambda model: False)  # noqa: B010  Megatron-Bridge asks before it exports
         return module
 
     def exec_module(self, module: types.ModuleType) -> None: ...

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from echorl_nemo.releases import inverse_frequencies, rope_settings
 
 MAPPED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """Architectures whose attention `AttentionSettings` describes completely."""
@@ -42,15 +42,14 @@ class AttentionSettings:
 
 def rope_type(hf_config: PretrainedConfig) -> str:
     """The kind of rotary position embedding, under transformers' name."""
-    scaling = getattr(hf_config, "rope_scaling", None) or {}
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
+    return str(rope_settings(hf_config)["rope_type"])
 
 
 def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
     """The attention settings of a model; None if its architecture is not one of `MAPPED_FAMILIES`."""
     if hf_config.model_type not in MAPPED_FAMILIES:
         return None
-    frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type(hf_config)](hf_config, torch.device("cpu"))
+    frequencies, factor = inverse_frequencies(hf_config)
     width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     # transformers multiplies cosine and sine, of queries and of keys, with the factor
     scale = factor**2 / math.sqrt(width)

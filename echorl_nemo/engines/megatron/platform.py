@@ -1,6 +1,5 @@
 """The hardware of a run: GPU or CPU, with the settings that differ between them."""
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from echorl_nemo.engines.megatron import cpu
 from echorl_nemo.errors import UserError
+from echorl_nemo.releases import has_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def detect_platform(device: str = "auto") -> Platform:
             transformer_engine=False,
             provider_overrides={**cpu.NO_FUSED_KERNELS, "use_cpu_initialization": True},
         )
-    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    transformer_engine = has_transformer_engine()
     if not transformer_engine:
         cpu.install_stand_ins(replace_cuda=False)
     return Platform(

@@ -17,6 +17,7 @@ from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.engines.megatron.launch import launch
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.engines.megatron.platform import Platform, detect_platform
+from echorl_nemo.releases import untested_releases
 from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
@@ -28,7 +29,7 @@ def train(config: RunConfig, config_yaml: str, signals: StopSignals) -> int:
     ``config_yaml``: the text that the run folder keeps. ``signals`` must be listening already. Raises UserError with
     every problem that the checks find, before a rank starts.
     """
-    silence_library_warnings()
+    _prepare_command()
     world = world_size(config)
     platform = detect_platform(config.parallel.device)
     inputs = checked_inputs(config, platform)
@@ -59,7 +60,7 @@ def analyze(config: EvaluateConfig) -> int:
 def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
     """Write the policy of a checkpoint as a Hugging Face folder. Returns the exit code; raises UserError like
     `train`."""
-    silence_library_warnings()
+    _prepare_command()
     config.parallel.data = None  # one replica is enough
     world = world_size(config)
     check_export(config, checkpoint, out)
@@ -75,7 +76,7 @@ def export(config: RunConfig, checkpoint: Path, out: Path) -> int:
 
 
 def _examine(config: EvaluateConfig, rank: Callable[..., int], out: Mapping[str, Path]) -> int:
-    silence_library_warnings()
+    _prepare_command()
     world = world_size(config)
     platform = detect_platform(config.parallel.device)
     tokenizer, data = check_evaluation(config, platform, out)
@@ -132,6 +133,12 @@ def _analyze_rank(
     return 0
 
 
+def _prepare_command() -> None:
+    silence_library_warnings()
+    for sentence in untested_releases():
+        logging.getLogger(__name__).warning("%s", sentence)
+
+
 def _prepare_rank(device: str) -> None:
     """Repeat the settings and stand-ins of the process that started this rank: a spawned rank does not inherit them."""
     silence_library_warnings()
@@ -144,4 +151,5 @@ def silence_library_warnings() -> None:
     # warnings of torch also appear under cpu.py's name, whose function mode calls torch
     warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|echorl_nemo\.engines\.megatron\.cpu")
     transformers_logging.set_verbosity_error()
-    logging.getLogger("megatron.bridge.utils.fusions").setLevel(logging.ERROR)
+    for name in ("megatron.bridge.utils.fusions", "megatron.core.dist_checkpointing.strategies.torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
