@@ -7,6 +7,7 @@ run with which release. Nothing heavy is imported before a function is called.
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,18 @@ def saved_weights(model: Any) -> dict[str, Any]:
         return dict(model.state_dict())
     loading = importlib.import_module("transformers.core_model_loading")
     return dict(loading.revert_weight_conversion(model, model.state_dict()))
+
+
+def define_safe_load_from_bytes() -> None:
+    """Define the function by which Megatron-Core 0.17 and later name the bytes of a tensor in a checkpoint
+    (safe_globals.py), so that Megatron-Core 0.16 reads their checkpoints. Not needed without 0.16."""
+    import torch
+    from megatron.core import safe_globals
+
+    def safe_load_from_bytes(content: bytes) -> Any:
+        return torch.load(io.BytesIO(content), weights_only=True)
+
+    vars(safe_globals).setdefault("safe_load_from_bytes", safe_load_from_bytes)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) ->
     problems = []
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each node is enough
         problems += build_problems(config.model, hf_config, platform)
-    if platform.transformer_engine or not number_of_experts(hf_config):
+    if platform.transformer_engine:
+        return problems + _split_window_problems(config.parallel, hf_config)
+    if not number_of_experts(hf_config):
         return problems
     if config.parallel.expert > 1:
         problems.append(
@@ -51,6 +53,18 @@ def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) ->
             "use false, checkpoints are saved all the same"
         )
     return problems
+
+
+def _split_window_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
+    """A problem if a model with an attention window is to be split over context-parallel ranks: Transformer Engine
+    passes keys and values on from rank to rank, and refuses a window then."""
+    settings = attention_settings(hf_config)
+    if layout.context == 1 or settings is None or settings.window is None:
+        return []
+    return [
+        f"parallel.context={layout.context}: the model has an attention window of {settings.window} tokens, which "
+        "Transformer Engine does not split; use 1"
+    ]
 
 
 def build_problems(model: ModelConfig, hf_config: PretrainedConfig, platform: Platform) -> list[str]:

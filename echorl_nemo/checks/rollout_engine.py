@@ -14,15 +14,9 @@ def native_problems(config: RunConfig) -> list[str]:
 
 def engine_problems(config: RunConfig) -> list[str]:
     """Problems with settings that only other engines support."""
-    problems = []
     if config.rollout.engine == "vllm":
-        problems.append("rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl")
-    if config.parallel.context > 1:
-        problems.append(
-            f"parallel.context={config.parallel.context}: the native engine does not split sequences; use 1, or "
-            "engine=nemo_rl"
-        )
-    return problems
+        return ["rollout.engine=vllm: only NeMo-RL has it; use megatron or trtllm, or engine=nemo_rl"]
+    return []
 
 
 def rollout_problems(config: RunConfig) -> list[str]:

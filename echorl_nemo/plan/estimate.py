@@ -166,7 +166,8 @@ def _rollout_memory(
     rollout, layout = config.rollout, config.parallel
     total = sum(stage.whole for stage in stages)
     if rollout.engine == "megatron":
-        concurrent = min(rollout.batch_size, math.ceil(sizes.rollouts / (layout.data or 1)))
+        replicas = (layout.data or 1) * layout.context
+        concurrent = min(rollout.batch_size, math.ceil(sizes.rollouts / replicas))
         value = concurrent * sizes.tokens * stages[number].layers * 4 * sizes.keys / min(layout.tensor, sizes.keys)
         return [Estimate("KV cache", value, f"{concurrent} rollouts x {sizes.tokens} tokens x layers x 4k/T")]
     weights = 2 * total / engine_gpus(config)
@@ -218,7 +219,7 @@ def _generation_seconds(config: RunConfig, sizes: StepShape, stages: list[StageP
     rollout, layout = config.rollout, config.parallel
     kv = 4 * sizes.keys * sum(stage.layers for stage in stages) * sizes.tokens / 2
     if rollout.engine == "megatron":
-        engines, concurrent = layout.data or 1, rollout.batch_size
+        engines, concurrent = (layout.data or 1) * layout.context, rollout.batch_size
         weights, sharing = float(sum(2 * stage.rank for stage in stages)), layout.tensor
     else:
         sharing = engine_gpus(config)

@@ -26,6 +26,7 @@ NAMES = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # torch.load(weights_only=True)
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy._core.multiarray", "_reconstruct"),

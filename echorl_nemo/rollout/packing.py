@@ -20,6 +20,8 @@ class PackedRow:
     """[1, W] int64: position of each token in its rollout."""
     cu_seqlens: Tensor
     """[B + 1] int32, or [B + 2] with an unused end: the start of each sequence, and the end of the last."""
+    sizes: list[int]
+    """Number of tokens of each sequence."""
     longest: int
     """Number of tokens of the longest sequence."""
     place: Tensor
@@ -54,6 +56,7 @@ def pack_row(tokens: Tensor, lengths: Sequence[int], width: int) -> PackedRow:
         tokens=tokens.new_zeros(1, width),
         positions=torch.cat(columns)[None].to(tokens.device, non_blocking=True),
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0).int().to(tokens.device, non_blocking=True),
+        sizes=sizes,
         longest=max(sizes),
         place=torch.cat([start + own for start, own in zip(starts, columns, strict=False)]).to(
             tokens.device, non_blocking=True

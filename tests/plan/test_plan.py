@@ -102,7 +102,6 @@ def test_every_model_has_the_parameters_that_transformers_gives_it(model: str) -
         (["echorl.entropy_source=rollout"], "TensorRT-LLM returns only tokens; use policy"),
         (["parallel.context=2", "parallel.tensor=8", "parallel.pipeline=4"], "parallel.context=2: NeMo-Aligner"),
         (["trainer.pack_tokens=16384"], "trainer.pack_tokens=16384: NeMo-Aligner does not support it; use 0"),
-        (["engine=megatron", "parallel.context=2"], "parallel.context=2: the native engine does not split sequences"),
         (["engine=nemo_rl"], "algo.aggregation=constant: NeMo-RL divides by tokens or rollouts"),
         (["engine=nemo_rl", "algo=mcpo"], "algo.anchor=mcpo: NeMo-RL does not support it; use none"),
         (["engine=nemo_rl", "algo=zvp"], "algo.degenerate=zvp: NeMo-RL does not support it; use zero"),

@@ -40,7 +40,7 @@ from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.releases import checkpoint_writer
+from echorl_nemo.releases import checkpoint_writer, define_safe_load_from_bytes
 from echorl_nemo.report.config import CONFIG_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Checksums, checksum_files, damaged_files
 from echorl_nemo.resilience.config import CheckpointConfig
@@ -114,7 +114,9 @@ class Checkpoints:
             _start_results_queue(self._writer.results_module)
             policy.initialize_optimizer_state()
             # replicas share the writing of what they all hold
-            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.data_group)
+            strategy = FullyParallelSaveStrategyWrapper(
+                get_default_save_sharded_strategy(), self.parallel.replica_group
+            )
             state = _state(policy, progress, low_memory=self.config.low_memory)
             request = dist_checkpointing.save(
                 state, str(folder), strategy, async_sharded_save=True, **self._writer.save_options
@@ -241,19 +243,19 @@ class Checkpoints:
 
 def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
     """Load ``checkpoint`` into ``policy`` and return its progress. ``low_memory``: see `checkpoint.low_memory`."""
-    with _refusing_other_pickles(checkpoint):
+    with _reading(checkpoint):
         return _load(checkpoint, policy, low_memory=low_memory)
 
 
 def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    same_layout = common["layout"] == _layout()
+    same_layout = {"context": 1, **common["layout"]} == _layout()  # older checkpoints have no "context"
     state = _state(policy, Progress(), loading=True, low_memory=low_memory)
     if not same_layout:
         del state["random"]
     # replicas share the reading
     strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(checkpoint)), policy.parallel.data_group
+        get_default_load_sharded_strategy(str(checkpoint)), policy.parallel.replica_group
     )
     state = dist_checkpointing.load(state, str(checkpoint), strategy)
     policy.model.module.load_state_dict(state["model"])
@@ -268,8 +270,9 @@ def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Prog
 
 
 @contextmanager
-def _refusing_other_pickles(checkpoint: Path) -> Iterator[None]:
+def _reading(checkpoint: Path) -> Iterator[None]:
     """`checkpoint_classes_only`, also where torch wraps the error of another rank that reads with this one."""
+    define_safe_load_from_bytes()
     try:
         with checkpoint_classes_only(checkpoint):
             yield
@@ -287,7 +290,7 @@ def load_weights(checkpoint: Path, model: PolicyModel) -> None:
     mine = damaged_files(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
     if wrong := model.parallel.all_gather_objects(mine):
         raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); use the one before it")
-    with _refusing_other_pickles(checkpoint):
+    with _reading(checkpoint):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
     model.module.load_state_dict(state["model"])
 
@@ -310,6 +313,7 @@ def _layout() -> dict[str, int]:
     return {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
     }

@@ -3,8 +3,8 @@
 The libraries' own code runs: model, parallel layers, pipeline schedules, distributed optimizer, checkpoints,
 inference context. Replaced are: the CUDA device (by the CPU), CUDA streams and random states, packages that
 Megatron-Bridge imports but does not use here (`ABSENT_PACKAGES`), the optimizer (by an AdamW that keeps its step count
-where Megatron's checkpoints look for it), and what Megatron leaves to Transformer Engine: attention over packed rows,
-norms under sequence parallelism.
+where Megatron's checkpoints look for it), and what Megatron leaves to Transformer Engine: attention over packed rows
+and under context parallelism, norms under sequence parallelism.
 """
 
 import copy
@@ -13,7 +13,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from echorl_nemo.engines.fused_adam import GroupStepAdamW
+from echorl_nemo.engines.megatron.zigzag import natural_order
 from echorl_nemo.releases import import_before_absent_packages
 
 ABSENT_PACKAGES = (
@@ -57,7 +58,7 @@ def install_stand_ins(*, replace_cuda: bool) -> None:
         _replace_cuda()
     _import_megatron_core()
     _replace_adam()
-    _attend_within_packed_sequences()
+    _attend_to_packed_and_split_rows()
     _norm_under_sequence_parallelism()
     _route_without_transformer_engine()
     sys.meta_path.append(_AbsentPackageFinder())
@@ -80,6 +81,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):  # needs a device
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -164,24 +167,69 @@ def _replace_adam() -> None:
     distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
-def _attend_within_packed_sequences() -> None:
-    """Run Megatron's own attention, which refuses packed rows, on each sequence of a packed row separately."""
+def _attend_to_packed_and_split_rows() -> None:
+    """Run Megatron's own attention, which refuses packed rows and context parallelism, on each sequence of a packed row
+    separately; under context parallelism on the keys and values of the whole context group, in natural order."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    attend = DotProductAttention.forward
+    make, attend = DotProductAttention.__init__, DotProductAttention.forward
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        unsplit = copy.copy(config)
+        unsplit.context_parallel_size = 1
+        make(self, unsplit, *args, **kwargs)
+        self.model_config = config  # `whole_sequences` changes its context_parallel_size
 
     def forward(
         self: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        packed = kwargs.pop("packed_seq_params", None)
-        if packed is None:
+        packed, parts = kwargs.pop("packed_seq_params", None), self.model_config.context_parallel_size
+        if packed is None and parts == 1:
             return attend(self, query, key, value, attention_mask, *args, **kwargs)
-        sizes = packed.cu_seqlens_q.diff().tolist()
-        # [tokens, heads, width] of the row; [tokens, 1, heads, width] of a sequence
-        sequences = zip(*(part.unsqueeze(1).split(sizes) for part in (query, key, value)), strict=True)
-        return torch.cat([attend(self, q, k, v, attention_mask, *args, **kwargs) for q, k, v in sequences])
+        sizes = [parts * len(query)]
+        if packed is not None:
+            sizes = packed.cu_seqlens_q.diff().tolist()
+            # [tokens, heads, width] of the row; [tokens, 1, heads, width] of a sequence
+            query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+        if parts > 1:
+            key, value = (_whole_context(part, sizes, parts) for part in (key, value))
+        outputs = []
+        for q, k, v in zip(
+            query.split([size // parts for size in sizes]), key.split(sizes), value.split(sizes), strict=True
+        ):
+            for chunk, end in _chunks(q, parts):
+                mask = attention_mask if parts == 1 else _later_keys(len(chunk), end, q.device)
+                outputs.append(attend(self, chunk, k[:end], v[:end], mask, *args, **kwargs))
+        return torch.cat(outputs)
 
-    DotProductAttention.forward = forward
+    DotProductAttention.__init__, DotProductAttention.forward = init, forward
+
+
+def _whole_context(part: torch.Tensor, sizes: Sequence[int], parts: int) -> torch.Tensor:
+    """Keys or values [tokens / parts, ...] of the context-parallel ranks in natural order, [tokens, ...]. The backward
+    adds up what each rank's queries ask of them."""
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    whole = gather_from_sequence_parallel_region(part.contiguous(), group=get_context_parallel_group())
+    return whole[natural_order(sizes, parts).to(part.device)]
+
+
+def _chunks(query: torch.Tensor, parts: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """The queries of a sequence that follow each other, with the number of keys up to the last of them."""
+    if parts == 1:
+        yield query, len(query)
+        return
+    from megatron.core.parallel_state import get_context_parallel_rank
+
+    rank, size = get_context_parallel_rank(), len(query) // 2
+    for chunk, number in zip(query.split(size), (rank, 2 * parts - 1 - rank), strict=True):
+        yield chunk, (number + 1) * size
+
+
+def _later_keys(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """[1, 1, queries, keys] bool: the keys behind each query, where the last query stands at the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)[None, None]
 
 
 def _norm_under_sequence_parallelism() -> None:

@@ -120,7 +120,7 @@ def verified_rollouts(
     watchdog = Watchdog(out.parent, dist.get_rank(), limit_seconds=0)
     parts: list[RolloutBatch] = []
     failures: list[dict[str, str]] = []
-    at_a_time = max(1, config.rollout.batch_size * model.parallel.data_size // settings.samples)
+    at_a_time = max(1, config.rollout.batch_size * model.parallel.replica_size // settings.samples)
     for number, problems in enumerate(_in_parts(data.all(), at_a_time, shown=model.parallel.is_main)):
         watchdog.start_step(number)
         watchdog.heartbeat("generate")

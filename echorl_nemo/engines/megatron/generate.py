@@ -19,6 +19,7 @@ from torch import Tensor
 
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron.context import whole_sequences
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
@@ -44,14 +45,14 @@ class MegatronRolloutEngine:
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
     ) -> RolloutBatch:
         """See `RolloutEngine.generate`."""
-        rows = [(prompts[i], member) for i in self.parallel.shard(len(prompts)) for member in range(group_size)]
+        rows = [(prompts[i], member) for i in self.parallel.replica_shard(len(prompts)) for member in range(group_size)]
         by_length = sorted(
             range(len(rows)), key=lambda i: len(rows[i][0].tokens)
         )  # so that a batch has similar lengths
         size = self.config.batch_size
         self.model.ddp.eval()
         parts = []
-        with torch.no_grad(), _whole_positions(self.model):
+        with torch.no_grad(), whole_sequences(self.model), _whole_positions(self.model):
             heat = self.config.temperature if temperature is None else temperature
             batches = -(-len(rows) // size)
             for number in range(self.parallel.max_over_replicas(batches)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from echorl_nemo.engines.megatron.context import whole_sequences
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.model_settings import (
     AttentionSettings,
@@ -56,7 +57,7 @@ def check_model(
     prompts = model.parallel.run_on_main_rank(lambda: list(prompts[: ROWS * POSITIONS]))
     batch = _probe_batch(prompts, scorer.vocab_size or model.config.vocab_size, positions)
     parameters = sum(weight.numel() for weight in model.module.parameters())
-    total = sum(model.parallel.all_gather_objects([parameters])) / model.parallel.data_size
+    total = sum(model.parallel.all_gather_objects([parameters])) / model.parallel.replica_size
     if total <= limit:
         return _compare_scores(scorer, config, batch)
     return _compare_layers(model, config, batch, hf_config)
@@ -192,7 +193,7 @@ def _own_hidden(model: PolicyModel, tokens: Tensor) -> Tensor | None:
     device_tokens = tokens.to(model.parallel.device)
     positions = torch.arange(tokens.shape[1], device=device_tokens.device).expand_as(device_tokens)
     model.ddp.eval()
-    with torch.no_grad():
+    with torch.no_grad(), whole_sequences(model):
         model.module(device_tokens, positions, None)
     hook.remove()
     return seen[0].float().cpu()

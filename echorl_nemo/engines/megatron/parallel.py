@@ -20,23 +20,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's process groups and its place in them: `tensor` x `pipeline` ranks hold one replica of the policy,
-    and `data` replicas share the work of a step."""
+    """This rank's process groups and its place in them: `tensor` x `pipeline` ranks hold one replica of the policy, and
+    there are `context` x `data` replicas. In generation each replica has rollouts of its own; in scoring and training
+    the `context` replicas that differ only in that rank share the positions of the same rollouts."""
 
     device: torch.device
     tensor_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     """The ranks of this replica."""
+    context_group: dist.ProcessGroup
+    """The ranks that hold the same weights and share the positions of the same rollouts."""
     data_group: dist.ProcessGroup
-    """The ranks that hold the same weights."""
+    """The ranks that hold the same weights and the same positions of other rollouts."""
+    replica_group: dist.ProcessGroup
+    """The ranks that hold the same weights: `context` x `data`."""
     host_group: dist.ProcessGroup
     """All ranks, over gloo, for data in host memory."""
-    data_host_group: dist.ProcessGroup
-    """The ranks of `data_group`, over gloo."""
+    replica_host_group: dist.ProcessGroup
+    """The ranks of `replica_group`, over gloo."""
     last_stage_rank: int
     """Global rank of the first tensor-parallel rank on this replica's last pipeline stage, which has the logits."""
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
+    replica_rank: int
+    replica_size: int
     lockstep: bool
     """Whether replicas share the experts of a mixture, so that all must run every forward together."""
     is_first_stage: bool
@@ -86,8 +95,8 @@ class Parallel:
 
     def all_gather_over_replicas(self, mine: Any) -> list[Any]:
         """The objects of all replicas in one list, in their order. All ranks of a replica must pass the same object."""
-        gathered: list[Any] = [None] * self.data_size
-        dist.all_gather_object(gathered, mine, group=self.data_host_group)
+        gathered: list[Any] = [None] * self.replica_size
+        dist.all_gather_object(gathered, mine, group=self.replica_host_group)
         return gathered
 
     def max_over_replicas(self, mine: int) -> int:
@@ -98,12 +107,20 @@ class Parallel:
         """The rollouts of all replicas in one batch, in their order. A replica without rollouts passes None."""
         return concatenate([part for part in self.all_gather_over_replicas(mine) if part is not None])
 
-    def shard(self, count: int) -> range:
+    def replica_shard(self, count: int) -> range:
         """The indices of this replica's part of ``count`` items. The parts are consecutive; if ``count`` does not
         divide, the first replicas have one item more."""
-        share, rest = divmod(count, self.data_size)
-        start = self.data_rank * share + min(self.data_rank, rest)
-        return range(start, start + share + (self.data_rank < rest))
+        return _shard(count, self.replica_rank, self.replica_size)
+
+    def data_shard(self, count: int) -> range:
+        """As `replica_shard`, but the ranks of a context group have the same part."""
+        return _shard(count, self.data_rank, self.data_size)
+
+
+def _shard(count: int, rank: int, size: int) -> range:
+    share, rest = divmod(count, size)
+    start = rank * share + min(rank, rest)
+    return range(start, start + share + (rank < rest))
 
 
 def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout_minutes: int) -> Parallel:
@@ -113,6 +130,7 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         # experts that are spread over ranks are not split again: small matrix products are slow
         expert_tensor_parallel_size=1 if layout.expert > 1 else None,
@@ -130,13 +148,19 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         model_group=model_group,
+        context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         host_group=dist.new_group(backend="gloo", timeout=timeout),
-        data_host_group=parallel_state.get_data_parallel_group_gloo(),
+        replica_host_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
         last_stage_rank=last_stage_rank,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        lockstep=layout.expert > 1 and parallel_state.get_data_parallel_world_size() > 1,
+        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        replica_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        lockstep=layout.expert > 1 and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1,
         is_first_stage=first,
         is_last_stage=last,
     )

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from echorl_nemo.engines.megatron.model import PolicyModel
+from echorl_nemo.engines.megatron.zigzag import held_positions, round_up
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
 from echorl_nemo.rollout.packing import PackedRow, pack_bins, pack_row
@@ -35,12 +37,16 @@ class MegatronScorer:
         self.temperature, self.micro_batch_size, self.pack_tokens = temperature, micro_batch_size, pack_tokens
         self.vocab_size = vocab_size
         config = model.config
-        self._column_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        # context parallelism cuts each sequence into that many chunks, sequence parallelism the columns of a rank
+        self._sequence_multiple = 2 * self.parallel.context_size if self.parallel.context_size > 1 else 1
+        self._column_multiple = self._sequence_multiple
+        if config.sequence_parallel:
+            self._column_multiple *= config.tensor_model_parallel_size
         self._forward_backward: Callable[..., list[Any]] = get_forward_backward_func()
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens and exact entropies, each [N, S] float32 nats, from the same logits."""
-        own = list(self.parallel.shard(len(batch)))
+        own = list(self.parallel.data_shard(len(batch)))
         self.model.ddp.eval()
         with torch.no_grad():
             micro_rows = self._micro_batches(batch, own + [0] * self._padding_rows(len(own)))
@@ -53,7 +59,7 @@ class MegatronScorer:
         table = table[:, : len(own)].cpu()  # without the padding rows, which come last
         result = torch.zeros(2, len(batch), width)
         for rows, values in self.parallel.all_gather_over_replicas((order[: len(own)], table)):
-            result[:, rows] = values
+            result[:, rows] = values  # the same from each rank of a context group
         result *= batch.response_mask
         return result[0], result[1]
 
@@ -70,13 +76,18 @@ class MegatronScorer:
         return [[row] * (1 if self.pack_tokens else self.micro_batch_size)] * missing
 
     def _padded(self, width: int) -> int:
-        """``width`` rounded up so that sequence parallelism splits the columns evenly."""
-        return width + -width % self._column_multiple
+        """``width`` rounded up so that context and sequence parallelism split the columns evenly."""
+        return round_up(width, self._column_multiple)
+
+    def _packed_lengths(self, batch: RolloutBatch, rows: list[int]) -> list[int]:
+        """Tokens that each of ``rows`` takes of a packed row, padding for context parallelism included."""
+        return [round_up(length, self._sequence_multiple) for length in batch.lengths[rows].tolist()]
 
     def _micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
         """``rows`` of ``batch`` split into those of each forward-backward."""
         if self.pack_tokens:
-            return [[rows[i] for i in part] for part in pack_bins(batch.lengths[rows].tolist(), self.pack_tokens)]
+            capacity = round_up(self.pack_tokens, self._sequence_multiple)
+            return [[rows[i] for i in part] for part in pack_bins(self._packed_lengths(batch, rows), capacity)]
         size = self.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -93,7 +104,7 @@ class MegatronScorer:
         # pipeline stages exchange micro-batches of one shape; elsewhere each is as wide as its own longest rollout
         width = self._padded(batch.tokens.shape[1])
         own_width = self.model.config.pipeline_model_parallel_size == 1
-        packed_width = self._padded(max(int(batch.lengths[rows].sum()) for rows in micro_rows))
+        packed_width = self._padded(max(sum(self._packed_lengths(batch, rows)) for rows in micro_rows))
 
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             chosen = next(rows)
@@ -101,7 +112,7 @@ class MegatronScorer:
             micro = _on_device(batch, chosen, columns, self.parallel.device)
             row = None
             if self.pack_tokens:
-                row = pack_row(micro.tokens, batch.lengths[chosen].tolist(), packed_width)
+                row = pack_row(micro.tokens, self._packed_lengths(batch, chosen), packed_width)
             output = self._forward(module, micro, row)
             return output, lambda logits, non_loss_data=False: use_logits(logits, micro, row)
 
@@ -117,10 +128,12 @@ class MegatronScorer:
         )
 
     def _forward(self, module: Any, micro: RolloutBatch, row: PackedRow | None) -> Tensor:
-        """The output of this pipeline stage; on the last one logits [B, S, v], or [1, W, v] for a packed row."""
+        """The output of this pipeline stage; on the last one logits [B, S, v], or [1, W, v] for a packed row, of the
+        positions that this rank holds."""
         if row is None:
             positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-            return module(micro.tokens, positions, None, **self.model.call_options)
+            held = (self._held(part, None) for part in (micro.tokens, positions))
+            return module(*held, None, **self.model.call_options)
         sequences = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=row.cu_seqlens,
@@ -128,7 +141,28 @@ class MegatronScorer:
             max_seqlen_q=row.longest,
             max_seqlen_kv=row.longest,
         )
-        return module(row.tokens, row.positions, None, packed_seq_params=sequences, **self.model.call_options)
+        held = (self._held(part, row) for part in (row.tokens, row.positions))
+        return module(*held, None, packed_seq_params=sequences, **self.model.call_options)
+
+    def _held_positions(self, width: int, row: PackedRow | None, device: torch.device) -> Tensor:
+        sizes = [width] if row is None else row.sizes
+        return held_positions(sizes, self.parallel.context_size, self.parallel.context_rank).to(device)
+
+    def _held(self, values: Tensor, row: PackedRow | None) -> Tensor:
+        """The columns of ``values`` that this context-parallel rank holds."""
+        if self.parallel.context_size == 1:
+            return values
+        return values.index_select(1, self._held_positions(values.shape[1], row, values.device))
+
+    def _assembled(self, values: Tensor, width: int, row: PackedRow | None) -> Tensor:
+        """``values`` [n, B, columns of this rank] with the columns of all ranks of the context group, [n, B, width].
+
+        Each rank then computes the whole loss, and its backward goes only to the logits that it holds."""
+        if self.parallel.context_size == 1:
+            return values
+        held = self._held_positions(width, row, values.device)
+        whole = values.new_zeros(*values.shape[:2], width).index_copy(2, held, values)
+        return reduce_from_tensor_model_parallel_region(whole, group=self.parallel.context_group)
 
     def _score_logits(self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor]:
         return self._token_statistics(logits, micro, row, train=False)
@@ -139,15 +173,18 @@ class MegatronScorer:
         """Log-probs and entropies, each [B, S], aligned to the token that the distribution produced: of the response,
         log-probs also of a hint."""
         produced = micro.tokens.roll(-1, dims=1)  # position t's logits produce token t + 1; the last ones are not used
+        if row is not None:
+            produced = row.pack(produced)
         logprobs, entropies = logprob_and_entropy(
             logits,
-            produced if row is None else row.pack(produced),
+            self._held(produced, row),
             group=self.parallel.tensor_group,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             entropy_grad=entropy_grad,
             inplace_backward=train,
         )
+        logprobs, entropies = self._assembled(torch.stack([logprobs, entropies]), produced.shape[1], row)
         if row is not None:
             logprobs, entropies = row.unpack(logprobs), row.unpack(entropies)
         # one column to the right; where() rather than a product, since 0 * -inf is NaN

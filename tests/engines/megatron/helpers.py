@@ -9,6 +9,7 @@ import torch
 from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.config import load_config, to_yaml
 from echorl_nemo.echo import segment_steps
+from echorl_nemo.engines.megatron.layout import ranks_per_replica
 from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.resilience.stop import StopSignals
@@ -30,6 +31,11 @@ LAYOUTS = {
     "DP2": ["parallel.data=2"],
     "TP2+SP": ["parallel.tensor=2", "parallel.sequence=true"],
     "TP2xPP2+SP": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
+    "CP2": ["parallel.context=2"],
+    "TP2xCP2": ["parallel.tensor=2", "parallel.context=2"],
+    "TP2xCP2+SP": ["parallel.tensor=2", "parallel.context=2", "parallel.sequence=true"],
+    "PP2xCP2": ["parallel.pipeline=2", "parallel.context=2"],
+    "CP2xDP2": ["parallel.context=2", "parallel.data=2"],
 }
 """Overrides of each parallel layout that is tested."""
 
@@ -56,7 +62,7 @@ def tiny_config(*overrides: str) -> RunConfig:
 
 def trainer_of(config: RunConfig) -> Trainer:
     """On a rank: the trainer of ``config``."""
-    config.parallel.data = torch.distributed.get_world_size() // (config.parallel.tensor * config.parallel.pipeline)
+    config.parallel.data = torch.distributed.get_world_size() // ranks_per_replica(config.parallel)
     watchdog = Watchdog(None, torch.distributed.get_rank(), limit_seconds=0)
     return build_trainer(config, checked_inputs(config), PLATFORM, initialize_parallel(config, PLATFORM), watchdog)
 

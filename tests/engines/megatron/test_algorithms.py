@@ -49,7 +49,7 @@ def _losses(config: RunConfig) -> list[dict[str, float]]:
 def test_presets_are_the_same_in_every_layout(ranks: Callable[..., list[Any]], preset: str) -> None:
     settings = [f"algo={preset}", "algo.kl_coef=0.1", "algo.kl_in=loss", "algo.tis_cap=1.1", "algo.icepop_high=1.3"]
     (expected,) = ranks(1, _losses, tiny_config(*settings))
-    for layout in ("TP2", "DP2"):
+    for layout in ("TP2", "DP2", "CP2"):
         for result in ranks(2, _losses, tiny_config(*settings, *LAYOUTS[layout], "trainer.micro_batch_size=2")):
             for ours, theirs in zip(result, expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=2e-4)

@@ -89,7 +89,9 @@ def test_three_and_three_steps_are_six(ranks: Ranks, tmp_path: Path, layout: str
         assert kept == ["step-000005", "step-000006"]
 
 
-@pytest.mark.parametrize(("before", "after"), [("TP1", "TP2"), ("TP1", "DP2"), ("TP2", "PP2")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("TP1", "TP2"), ("TP1", "DP2"), ("TP2", "PP2"), ("TP1", "CP2"), ("CP2", "TP2")]
+)
 def test_a_run_goes_on_at_another_layout(
     ranks: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str], before: str, after: str
 ) -> None:
@@ -116,7 +118,7 @@ def test_a_checkpoint_holds_its_configuration_and_progress(ranks: Ranks, tmp_pat
     assert (checkpoint / "config.yaml").read_text() == to_yaml(config)
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     assert common["progress"]["step"] == 2 and common["progress"]["position"] == 8
-    assert common["layout"] == {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
+    assert common["layout"] == {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "data": 1}
 
 
 def test_the_best_checkpoint_is_kept(ranks: Ranks, tmp_path: Path) -> None:

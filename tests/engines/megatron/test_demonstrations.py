@@ -98,6 +98,7 @@ def test_a_hint_ends_the_prompt_and_is_imitated(ranks: Ranks) -> None:
         ("PP2", ["trainer.micro_batch_size=3"]),
         ("DP2", ["trainer.micro_batch_size=2"]),
         ("DP2", ["trainer.pack_tokens=400"]),
+        ("CP2", ["trainer.micro_batch_size=2"]),
     ],
 )
 def test_steps_are_the_same(ranks: Ranks, kind: str, layout: str, options: list[str]) -> None:

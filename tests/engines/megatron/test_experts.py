@@ -69,6 +69,16 @@ def test_replicas_with_unequal_work_end(ranks: Ranks, tmp_path: Path, packed: li
     assert max(gap for _, gap in (*one, *other)) < 1e-4
 
 
+def test_experts_over_the_ranks_of_a_context_group(ranks: Ranks, tmp_path: Path) -> None:
+    """In generation they are replicas with rollouts of their own; they score and train the same rows."""
+    make_model("qwen3-moe", tmp_path / "model")
+    config = _config(tmp_path, "parallel.context=2", "parallel.data=1")
+    for responses, gap in ranks(2, _rollouts, config, [0, 1, 2, 3, 4]):
+        assert len(responses) == len(PROMPTS) and gap < 1e-4
+    norms = ranks(2, _update, config, [8, 2, 6, 2])
+    assert norms[0] == norms[1] > 0
+
+
 def _a_replica_without_a_prompt(config: RunConfig) -> int:
     _with_random_experts()
     trainer = trainer_of(config)

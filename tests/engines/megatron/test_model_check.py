@@ -49,7 +49,16 @@ def test_scores_and_generation_are_transformers(ranks: Ranks, tmp_path: Path, na
     assert largest < 36  # the embedding has 40 rows, the tokenizer 36 tokens
 
 
-@pytest.mark.parametrize(("name", "layout"), [("qwen2-window", "TP2"), ("qwen2-window", "PP2"), ("llama-yarn", "PP2")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2-window", "TP2"),
+        ("qwen2-window", "PP2"),
+        ("llama-yarn", "PP2"),
+        ("qwen2-window", "CP2"),
+        ("qwen3-moe", "CP2"),
+    ],
+)
 def test_in_every_layout(ranks: Ranks, tmp_path: Path, name: str, layout: str) -> None:
     path = make_model(name, tmp_path / "model")
     for score, generation, _ in ranks(2, _largest_gap, path, LAYOUTS[layout]):
@@ -105,7 +114,7 @@ def test_a_planted_fault_is_found(
     assert message in found and f"model.path={path}" in found and "model.verify=off" in found
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2", "TP2+SP"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2", "TP2+SP", "CP2"])
 def test_the_check_passes_in_every_layout(ranks: Ranks, tmp_path: Path, layout: str) -> None:
     path = make_model("qwen2-yarn", tmp_path / "model")
     for limit, words in ((WHOLE_LIMIT, "scores equal transformers' to"), (0.0, "layers equal transformers' to")):

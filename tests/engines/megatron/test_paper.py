@@ -61,6 +61,8 @@ def _steps(config: RunConfig) -> list[dict[str, float]]:
         ("DP2", ["trainer.micro_batch_size=2"]),
         ("DP2", ["trainer.pack_tokens=80", "rollout.max_new_tokens=50"]),
         ("TP2", ["trainer.pack_tokens=1000"]),
+        ("CP2", ["trainer.micro_batch_size=2"]),
+        ("CP2", ["trainer.pack_tokens=80", "rollout.max_new_tokens=50"]),
     ],
 )
 def test_steps_are_the_same(ranks: Callable[..., list[Any]], layout: str, options: list[str]) -> None:

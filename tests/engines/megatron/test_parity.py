@@ -12,12 +12,12 @@ from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, 
 
 
 def _first_steps(config: RunConfig) -> dict[str, Any]:
-    """Scores and statistics of the example, and the metrics of two optimizer steps on it."""
+    """Scores and statistics of the example, and the metrics of three optimizer steps on it."""
     trainer = trainer_of(config)
     batch, stats = prepared_batch(trainer)
     scored = (batch.old_logprobs, batch.entropies)
     batch = off_policy(batch)
-    metrics = [trainer.policy.update(batch).metrics for _ in range(2)]
+    metrics = [trainer.policy.update(batch).metrics for _ in range(3)]
     return {"scored": scored, "clip_weight": batch.clip_weight, "stats": stats, "metrics": metrics}
 
 
@@ -57,6 +57,12 @@ def test_the_example_has_what_makes_it_hard(baseline: dict[str, Any]) -> None:
         ("DP2", 5),
         ("TP2+SP", 3),
         ("TP2xPP2+SP", 4),
+        ("CP2", 1),
+        ("CP2", 3),
+        ("TP2xCP2", 2),
+        ("TP2xCP2+SP", 4),
+        ("PP2xCP2", 3),
+        ("CP2xDP2", 2),
     ],
 )
 def test_steps_are_the_same(
@@ -71,8 +77,9 @@ def test_steps_are_the_same(
             assert ours == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("pack_tokens", [80, 1000])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "pack_tokens"), [*((layout, 80) for layout in LAYOUTS), ("TP1", 1000), ("DP2", 1000), ("CP2", 1000)]
+)
 def test_packed_rows_give_the_same_steps(
     ranks: Callable[..., list[Any]], baseline: dict[str, Any], layout: str, pack_tokens: int
 ) -> None:

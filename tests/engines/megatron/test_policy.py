@@ -77,7 +77,7 @@ def test_rollouts_are_well_formed(sampled: Any) -> None:
     assert len(set(texts(batch))) > 8
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "TP2xPP2", "DP2", "TP2+SP"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "TP2xPP2", "DP2", "TP2+SP", "CP2", "TP2xCP2+SP", "PP2xCP2"])
 def test_a_seed_gives_the_same_rollouts_in_every_layout(
     ranks: Callable[..., list[Any]], sampled: Any, layout: str
 ) -> None:
