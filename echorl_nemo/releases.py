@@ -7,9 +7,11 @@ run with which release. Nothing heavy is imported before a function is called.
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -112,6 +114,54 @@ def saved_weights(model: Any) -> dict[str, Any]:
         return dict(model.state_dict())
     loading = importlib.import_module("transformers.core_model_loading")
     return dict(loading.revert_weight_conversion(model, model.state_dict()))
+
+
+def common_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors and objects of single ranks.
+
+    Megatron-Core 0.19 keeps it among the sharded objects, 0.16 in common.pt, and 0.19 reads both (serialization.py,
+    load_common_state_dict). Not needed without 0.16.
+    """
+    from megatron.core import dist_checkpointing
+
+    if (checkpoint / "common.pt").is_file() or not _takes_common_strategy():
+        return dict(dist_checkpointing.load_common_state_dict(str(checkpoint)))
+    return _common_state_inside(checkpoint)
+
+
+def load_options(checkpoint: Path) -> dict[str, Any]:
+    """Arguments of `dist_checkpointing.load` with which Megatron-Core 0.16 finds the `common_state` of 0.19."""
+    if (checkpoint / "common.pt").is_file() or not _takes_common_strategy():
+        return {}
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class CommonStateInside(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str) -> dict[str, Any]:
+            return _common_state_inside(Path(checkpoint_dir))
+
+    return {"common_strategy": CommonStateInside()}
+
+
+def _takes_common_strategy() -> bool:
+    from megatron.core import dist_checkpointing
+
+    return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+
+
+def _common_state_inside(checkpoint: Path) -> dict[str, Any]:
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    key = ShardedObject("common_state", None, (1,), (0,)).unique_key
+    state: dict[str, Any] = {key: io.BytesIO()}
+    load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    found = state[key]
+    if isinstance(found, io.BytesIO):
+        found.seek(0)
+        found = torch.load(found, weights_only=True)
+    return dict(found[0])
 
 
 def define_safe_load_from_bytes() -> None:

@@ -40,7 +40,7 @@ from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.releases import checkpoint_writer, define_safe_load_from_bytes
+from echorl_nemo.releases import checkpoint_writer, common_state, define_safe_load_from_bytes, load_options
 from echorl_nemo.report.config import CONFIG_FILE
 from echorl_nemo.resilience.checkpoints import MANIFEST, CheckpointFolder, Checksums, checksum_files, damaged_files
 from echorl_nemo.resilience.config import CheckpointConfig
@@ -248,7 +248,7 @@ def load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progr
 
 
 def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Progress:
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = common_state(checkpoint)
     same_layout = {"context": 1, **common["layout"]} == _layout()  # older checkpoints have no "context"
     state = _state(policy, Progress(), loading=True, low_memory=low_memory)
     if not same_layout:
@@ -257,7 +257,7 @@ def _load(checkpoint: Path, policy: MegatronPolicy, *, low_memory: bool) -> Prog
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), policy.parallel.replica_group
     )
-    state = dist_checkpointing.load(state, str(checkpoint), strategy)
+    state = dist_checkpointing.load(state, str(checkpoint), strategy, **load_options(checkpoint))
     policy.model.module.load_state_dict(state["model"])
     policy.restore_optimizer(state["optimizer"], state["scheduler"])
     if same_layout:
@@ -291,7 +291,8 @@ def load_weights(checkpoint: Path, model: PolicyModel) -> None:
     if wrong := model.parallel.all_gather_objects(mine):
         raise SharedError(f"{checkpoint} is damaged ({'; '.join(wrong)}); use the one before it")
     with _reading(checkpoint):
-        state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(checkpoint))
+        wanted = {"model": model.module.sharded_state_dict()}
+        state = dist_checkpointing.load(wanted, str(checkpoint), **load_options(checkpoint))
     model.module.load_state_dict(state["model"])
 
 

@@ -120,6 +120,10 @@ class MegatronPolicy(MegatronScorer):
     def restore_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         """Load the state of a checkpoint, and set this run's settings again: Megatron's parameter groups bring those
         that the checkpoint was trained with."""
+        own = self.optimizer.param_groups[0]
+        for group in _parameter_groups(optimizer):
+            # Megatron-Core 0.19 finds the group of a checkpoint by its rates, and raises KeyError for other ones
+            group |= {name: own.get(name) for name in ("max_lr", "min_lr")}
         self.optimizer.load_state_dict(optimizer)
         for group in self.optimizer.param_groups:
             group["max_lr"] = group["min_lr"] = self.trainer.lr
@@ -275,6 +279,14 @@ class MegatronPolicy(MegatronScorer):
         total = self.parallel.broadcast_from_last_stage(total, (len(METRICS),), torch.float64)
         dist.all_reduce(total, group=self.parallel.data_group)
         return dict(zip(METRICS, total.tolist(), strict=True))
+
+
+def _parameter_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over the parameter groups in an optimizer's state, which is nested if the optimizer has several parts."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", [])
+        for part in state.values():
+            yield from _parameter_groups(part)
 
 
 def _without_loss(batch: RolloutBatch) -> RolloutBatch:

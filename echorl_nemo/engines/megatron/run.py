@@ -151,5 +151,12 @@ def silence_library_warnings() -> None:
     # warnings of torch also appear under cpu.py's name, whose function mode calls torch
     warnings.filterwarnings("ignore", module=r"megatron|torch|transformers|echorl_nemo\.engines\.megatron\.cpu")
     transformers_logging.set_verbosity_error()
-    for name in ("megatron.bridge.utils.fusions", "megatron.core.dist_checkpointing.strategies.torch"):
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    for name in (
+        "megatron.bridge.utils.fusions",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron.core.models.gpt.gpt_model",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.bridge.utils.import_utils").disabled = True  # it sets its level when it is imported

@@ -13,6 +13,7 @@ from benchmarks.chaos import assert_same_run, metrics_of
 from echorl_nemo.config import to_yaml
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.errors import SharedError, UserError
+from echorl_nemo.releases import common_state
 from echorl_nemo.report.config import METRICS_FILE
 from echorl_nemo.resilience.checkpoints import CheckpointFolder
 from echorl_nemo.schema import RunConfig
@@ -109,14 +110,12 @@ def test_a_run_goes_on_at_another_layout(
 
 
 def test_a_checkpoint_holds_its_configuration_and_progress(ranks: Ranks, tmp_path: Path) -> None:
-    from megatron.core import dist_checkpointing
-
     config = run_config(tmp_path, "trainer.export=false")
     config.trainer.steps = 2
     ranks(1, run, config)
     (checkpoint,) = CheckpointFolder(tmp_path / "checkpoints").complete()
     assert (checkpoint / "config.yaml").read_text() == to_yaml(config)
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = common_state(checkpoint)
     assert common["progress"]["step"] == 2 and common["progress"]["position"] == 8
     assert common["layout"] == {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "data": 1}
 
