@@ -12,10 +12,14 @@ PLAN_READY := $(VENV)/.plan-ready
 ALIGNER := .venv-aligner
 ALIGNER_READY := $(ALIGNER)/.ready
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+# the newest tested releases of Megatron-Core, Megatron-Bridge and transformers need it
+PYTHON312 ?= python3.12
+CURRENT := .venv-current
+CURRENT_READY := $(CURRENT)/.ready
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-aligner test-wheel test-nemo-rl lint plan-environment clean
+.PHONY: quickstart test test-main test-aligner test-current test-wheel test-nemo-rl lint plan-environment clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
@@ -30,6 +34,12 @@ test-main: $(READY)
 # the engine against the real NeMo-Aligner, and the method beside Megatron-Core 0.10
 test-aligner: $(ALIGNER_READY)
 	OMP_NUM_THREADS=1 $(ALIGNER)/bin/python -m pytest tests/engines/nemo_aligner tests/echo tests/grpo tests/ops
+
+# the native engine with the newest tested releases, pinned by constraints-current.txt; torch for Python 3.12 is a CUDA
+# build of about 3 GB, which runs on the CPU
+test-current: $(READY) $(CURRENT_READY)
+	OMP_NUM_THREADS=1 $(CURRENT)/bin/python -m pytest tests/engines/megatron tests/ops tests/echo tests/grpo tests/test_releases.py
+	$(BIN)/python -m benchmarks.release_parity $(BIN)/python $(CURRENT)/bin/python
 
 # the wheel in fresh environments, without the checkout
 test-wheel:
@@ -69,6 +79,15 @@ $(PLAN_READY): constraints.txt setup.cfg setup.py pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
 	touch $(PLAN_READY)
 
+$(CURRENT_READY): constraints-current.txt setup.cfg setup.py pyproject.toml
+	@command -v "$(PYTHON312)" > /dev/null || { echo "make test-current: there is no $(PYTHON312); install Python 3.12, or name it: make test-current PYTHON312=/path/to/python3.12"; exit 1; }
+	@echo "== making the virtual environment $(CURRENT)"
+	$(PYTHON312) -m venv $(CURRENT)
+	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt torch
+	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt --editable ".[native]" hypothesis pytest
+	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt --no-deps megatron-bridge
+	touch $(CURRENT_READY)
+
 $(ALIGNER_READY): requirements-aligner.txt
 	@echo "== making the virtual environment $(ALIGNER)"
 	$(PYTHON) -m venv $(ALIGNER)
@@ -77,4 +96,4 @@ $(ALIGNER_READY): requirements-aligner.txt
 	touch $(ALIGNER_READY)
 
 clean:
-	rm -rf $(VENV) $(ALIGNER)
+	rm -rf $(VENV) $(ALIGNER) $(CURRENT)

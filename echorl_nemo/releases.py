@@ -116,6 +116,16 @@ def saved_weights(model: Any) -> dict[str, Any]:
     return dict(loading.revert_weight_conversion(model, model.state_dict()))
 
 
+def maps_local_experts() -> bool:
+    """Whether Megatron-Bridge loads and exports experts that are separate modules, as they are without Transformer
+    Engine.
+
+    0.6 does; 0.3 gives each rank the first rank's experts, and cannot name them in an export (line 677 of
+    param_mapping.py in 0.3.1); 0.4 and 0.5 were not run. Not needed without them.
+    """
+    return Version(importlib.metadata.version("megatron-bridge")) >= Version("0.6")
+
+
 def common_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds beside tensors and objects of single ranks.
 

@@ -20,6 +20,7 @@ from echorl_nemo.checks.model import position_encoding_problems, weight_problems
 from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
+from echorl_nemo.releases import maps_local_experts
 from echorl_nemo.schema import EvaluateConfig, ModelConfig, ParallelConfig, RunConfig
 
 SECONDS = 300.0
@@ -30,7 +31,7 @@ NOT_MAPPED = ("inv_freq", "_extra_state")
 
 def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) -> list[str]:
     """Problems if the native engine cannot build the model on ``platform``, or if the model is a mixture of experts and
-    Megatron-Bridge 0.3.1 needs Transformer Engine for it."""
+    Megatron-Bridge needs Transformer Engine for it."""
     try:
         hf_config = read_hf_config(config.model)
     except UserError:  # `path_problems` reports it
@@ -40,17 +41,17 @@ def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) ->
         problems += build_problems(config.model, hf_config, platform)
     if platform.transformer_engine:
         return problems + _split_window_problems(config.parallel, hf_config)
-    if not number_of_experts(hf_config):
+    if not number_of_experts(hf_config) or maps_local_experts():
         return problems
     if config.parallel.expert > 1:
         problems.append(
             f"parallel.expert={config.parallel.expert}: without Transformer Engine each rank would load the first "
-            "rank's experts; use 1, or a machine that has it"
+            "rank's experts; use 1, a machine that has it, or Megatron-Bridge 0.6"
         )
     if isinstance(config, RunConfig) and config.trainer.export:
         problems.append(
             "trainer.export=true: without Transformer Engine the experts cannot be written as a Hugging Face folder; "
-            "use false, checkpoints are saved all the same"
+            "use false, checkpoints are saved all the same, or Megatron-Bridge 0.6"
         )
     return problems
 

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from megatron.bridge import AutoBridge
+from safetensors.torch import load_file
 
 from echorl_nemo.checks.commands import checked_inputs
 from echorl_nemo.engines.megatron import model as built
 from echorl_nemo.errors import UserError
+from echorl_nemo.releases import maps_local_experts
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.families import make_model
-from tests.engines.megatron.helpers import PLATFORM, tiny_config, trainer_of
+from tests.engines.megatron.helpers import PLATFORM, prepared_batch, tiny_config, trainer_of
 
 Ranks = Callable[..., list[Any]]
 PROMPTS = ["1a+1", "2a+3b*7c+1d+2e+5", "3a*3", "4a+4b+4c+4d+4e+4f+4", "5b*7"]
@@ -119,7 +121,37 @@ def test_updates_with_unequal_numbers_of_micro_batches_end(ranks: Ranks, tmp_pat
     assert norms[0] == norms[1] > 0
 
 
+@pytest.mark.skipif(maps_local_experts(), reason="this Megatron-Bridge loads and exports them")
 def test_training_with_spread_experts_is_refused_without_transformer_engine(tmp_path: Path) -> None:
     make_model("qwen3-moe", tmp_path / "model")
     with pytest.raises(UserError, match="parallel.expert=2: without Transformer Engine"):
         checked_inputs(_config(tmp_path, "trainer.export=false"), PLATFORM)
+
+
+def _trained(config: RunConfig, out: Path) -> tuple[torch.Tensor, list[str], list[float]]:
+    """On a rank: exported before training, the scores and responses, and the gradient norms of two updates."""
+    trainer = trainer_of(config)
+    trainer.policy.model.export(out)
+    batch, _ = prepared_batch(trainer)
+    assert batch.old_logprobs is not None
+    scores = batch.old_logprobs.clone()
+    responses = trainer.rollout.generate(trainer.train_data.all(), 2, seed=3).responses
+    return scores, responses, [trainer.policy.update(batch).metrics["grad_norm"] for _ in range(2)]
+
+
+def test_spread_experts_are_loaded_and_exported(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Megatron-Bridge 0.3.1 the export fails at one line, for which such a run is refused."""
+    monkeypatch.setattr("echorl_nemo.checks.commands.platform_problems", lambda *_: [])
+    make_model("qwen3-moe", tmp_path / "model")
+    whole = _config(tmp_path, "parallel.expert=1", "parallel.data=1", "trainer.export=false")
+    spread = _config(tmp_path, "trainer.export=false")
+    if not maps_local_experts():
+        with pytest.raises(AssertionError, match=r"global_expert_number = int\(self.megatron_param.split\(key\)"):
+            ranks(2, _trained, spread, tmp_path / "out")
+        return
+    ((scores, responses, norms),) = ranks(1, _trained, whole, tmp_path / "whole")
+    for ours in ranks(2, _trained, spread, tmp_path / "out"):
+        torch.testing.assert_close(ours[0], scores, rtol=1e-4, atol=1e-5)
+        assert ours[1] == responses and ours[2] == pytest.approx(norms, rel=1e-4)
+    start, out = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    assert start.keys() == out.keys() and all(torch.equal(start[name], out[name]) for name in start)

@@ -13,6 +13,7 @@ from echorl_nemo.checks.hf_config import described_config
 from echorl_nemo.checks.model_build import platform_problems
 from echorl_nemo.config import load_config
 from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.releases import maps_local_experts
 from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import CONFIG_DIR
 from tests.engines.megatron.helpers import LAYOUTS, PLATFORM, example_batch, prepared_batch, tiny_config, trainer_of
@@ -116,6 +117,7 @@ def test_a_mixture_of_experts_in_miniature(ranks: Callable[..., list[Any]], tiny
             assert ours == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.skipif(maps_local_experts(), reason="this Megatron-Bridge loads and exports experts")
 def test_what_a_mixture_needs_transformer_engine_for(tiny_chain: Path, tmp_path: Path) -> None:
     make_model("qwen3-30b-a3b", tmp_path / "model", tiny_chain / "model")
     config = tiny_config(f"model.path={tmp_path / 'model'}", "parallel.data=2", "parallel.expert=2")
