@@ -114,7 +114,8 @@ def test_a_job_near_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path:
     until(lambda: "put back in the queue" in log.read_text(), seconds=180, log=log)
     saved = stopped_after(log, "SIGUSR1")
     start_again(cluster, job, log)
-    until(lambda: first_step_of_attempt_2(log) == saved + 1, seconds=120, log=log)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a slow machine still starts
+    until(lambda: first_step_of_attempt_2(log) == saved + 1, seconds=240, log=log)
     cluster.run("scancel", job)
     cluster.wait(job, "CANCELLED", seconds=60)
     until(
