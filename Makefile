@@ -62,31 +62,28 @@ lint: $(READY)
 # what `echorl-nemo plan` needs, beside a host's own environment (see Dockerfile)
 plan-environment: $(PLAN_READY)
 
-# torch first and separately, so that no requirement of another package brings another build of it
+# $(1) Python, $(2) the environment, $(3) constraints, $(4) what is installed. torch comes first and separately, so that
+# no requirement of another package brings another build of it; Megatron-Bridge's requirements ask for a GPU's packages.
+define make_environment
+	@echo "== making the virtual environment $(2)"
+	$(1) -m venv $(2)
+	$(2)/bin/pip install --quiet $(PIP_ARGS) --constraint $(3) torch
+	$(2)/bin/pip install --quiet $(PIP_ARGS) --constraint $(3) $(4)
+	$(2)/bin/pip install --quiet $(PIP_ARGS) --constraint $(3) --no-deps megatron-bridge
+	touch $@
+endef
+FOR_TESTS := --editable ".[native,dev]"
+FOR_RUNS := --editable ".[native]"
+
 $(READY): constraints.txt setup.cfg setup.py pyproject.toml
-	@echo "== making the virtual environment $(VENV)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[native,dev]"
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
-	touch $(READY)
+	$(call make_environment,$(PYTHON),$(VENV),constraints.txt,$(FOR_TESTS))
 
 $(PLAN_READY): constraints.txt setup.cfg setup.py pyproject.toml
-	@echo "== making the virtual environment $(VENV)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[native]"
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps megatron-bridge
-	touch $(PLAN_READY)
+	$(call make_environment,$(PYTHON),$(VENV),constraints.txt,$(FOR_RUNS))
 
 $(CURRENT_READY): constraints-current.txt setup.cfg setup.py pyproject.toml
-	@command -v "$(PYTHON312)" > /dev/null || { echo "make test-current: there is no $(PYTHON312); install Python 3.12, or name it: make test-current PYTHON312=/path/to/python3.12"; exit 1; }
-	@echo "== making the virtual environment $(CURRENT)"
-	$(PYTHON312) -m venv $(CURRENT)
-	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt torch
-	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt --editable ".[native]" hypothesis pytest
-	$(CURRENT)/bin/pip install --quiet $(PIP_ARGS) --constraint constraints-current.txt --no-deps megatron-bridge
-	touch $(CURRENT_READY)
+	@"$(PYTHON312)" --version > /dev/null 2>&1 || { echo "make test-current: there is no $(PYTHON312); install Python 3.12, or name it: make test-current PYTHON312=/path/to/python3.12"; exit 1; }
+	$(call make_environment,$(PYTHON312),$(CURRENT),constraints-current.txt,$(FOR_RUNS) hypothesis pytest)
 
 $(ALIGNER_READY): requirements-aligner.txt
 	@echo "== making the virtual environment $(ALIGNER)"
