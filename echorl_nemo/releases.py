@@ -87,7 +87,7 @@ def rope_settings(hf_config: Any) -> dict[str, Any]:
 
 def inverse_frequencies(hf_config: Any) -> tuple[Any, float]:
     """Inverse frequencies [rotary width / 2] of a model's rotary position embedding, and the factor of its cosine and
-    sine, by transformers' own functions.
+    sine, by transformers' own functions. Raises KeyError for a kind that transformers does not know.
 
     transformers 5 has no function for the kind `default`, whose formula each of its models repeats.
     """
@@ -95,9 +95,10 @@ def inverse_frequencies(hf_config: Any) -> tuple[Any, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     settings = rope_settings(hf_config)
-    compute: Callable[..., tuple[Any, float]] | None = ROPE_INIT_FUNCTIONS.get(settings["rope_type"])
-    if compute is not None:
-        return compute(hf_config, torch.device("cpu"))
+    kind = settings["rope_type"]
+    if kind != "default" or kind in ROPE_INIT_FUNCTIONS:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+        return frequencies, factor
     width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     width = int(width * settings.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
@@ -134,14 +135,14 @@ def common_state(checkpoint: Path) -> dict[str, Any]:
     """
     from megatron.core import dist_checkpointing
 
-    if (checkpoint / "common.pt").is_file() or not _takes_common_strategy():
-        return dict(dist_checkpointing.load_common_state_dict(str(checkpoint)))
-    return _common_state_inside(checkpoint)
+    if _needs_common_strategy(checkpoint):
+        return _common_state_inside(checkpoint)
+    return dict(dist_checkpointing.load_common_state_dict(str(checkpoint)))
 
 
 def load_options(checkpoint: Path) -> dict[str, Any]:
     """Arguments of `dist_checkpointing.load` with which Megatron-Core 0.16 finds the `common_state` of 0.19."""
-    if (checkpoint / "common.pt").is_file() or not _takes_common_strategy():
+    if not _needs_common_strategy(checkpoint):
         return {}
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
@@ -152,10 +153,12 @@ def load_options(checkpoint: Path) -> dict[str, Any]:
     return {"common_strategy": CommonStateInside()}
 
 
-def _takes_common_strategy() -> bool:
+def _needs_common_strategy(checkpoint: Path) -> bool:
+    """Whether the installed Megatron-Core looks for a common.pt that ``checkpoint`` does not have."""
     from megatron.core import dist_checkpointing
 
-    return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    takes_strategy = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    return takes_strategy and not (checkpoint / "common.pt").is_file()
 
 
 def _common_state_inside(checkpoint: Path) -> dict[str, Any]:
@@ -204,10 +207,10 @@ def checkpoint_writer() -> CheckpointWriter:
     Megatron-Core 0.17 and later default to the former, and will remove the latter; 0.16 knows only its own. Not needed
     without Megatron-Core 0.16 where nvidia-resiliency-ext can be installed.
     """
-    from megatron.core.dist_checkpointing import strategies
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 
-    if not hasattr(importlib.import_module(f"{strategies.__name__}.torch"), "get_async_strategy"):
+    if not hasattr(torch_strategies, "get_async_strategy"):
         return CheckpointWriter({}, async_utils.AsyncCallsQueue, filesystem_async)
     if not _has_resiliency_extension():
         return CheckpointWriter({"async_strategy": "mcore"}, async_utils.AsyncCallsQueue, filesystem_async)
@@ -232,7 +235,8 @@ def _has_resiliency_extension() -> bool:
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be used. Its package without the CUDA libraries, an empty one, is there and raises
     RuntimeError when it is imported; releases up to 2.16 do."""
-    if importlib.util.find_spec("transformer_engine") is None:
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:  # the stand-in of an absent package has no file
         return False
     try:
         importlib.import_module("transformer_engine.pytorch")

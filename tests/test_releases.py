@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.metadata
+import importlib.util
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from echorl_nemo import releases
 from echorl_nemo.checks.hf_config import read_hf_config
 from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.schema import ModelConfig
 from tests.conftest import REPOSITORY
@@ -82,6 +84,20 @@ def test_an_impossible_base_is_refused(tiny_chain: Path, tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps({**settings, "rope_theta": 0.0}))
     with pytest.raises(UserError, match="its config.json has rope_theta=0.0"):
         read_hf_config(ModelConfig(path=str(folder)))
+
+
+def test_the_stand_in_of_transformer_engine_is_none() -> None:
+    """Ranks that torchrun starts look for it twice, the second time with the stand-ins in place."""
+    assert not detect_platform("cpu").transformer_engine
+    assert importlib.util.find_spec("transformer_engine") is not None
+    assert not releases.has_transformer_engine()
+
+
+def test_a_position_encoding_that_transformers_does_not_know_is_no_default() -> None:
+    config = AutoConfig.for_model("qwen2")
+    config.rope_parameters = config.rope_scaling = {"rope_type": "spiral", "rope_theta": 1e4}
+    with pytest.raises(KeyError, match="spiral"):
+        releases.inverse_frequencies(config)
 
 
 def test_an_empty_transformer_engine_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,12 @@ from transformers import PretrainedConfig
 
 from echorl_nemo.checks.hf_config import number_of_experts, read_hf_config
 from echorl_nemo.checks.model import position_encoding_problems, weight_problems
-from echorl_nemo.engines.megatron.model_settings import apply_to_provider, attention_settings
+from echorl_nemo.engines.megatron.model_settings import (
+    MAPPED_FAMILIES,
+    apply_to_provider,
+    attention_settings,
+    attention_windows,
+)
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import UserError
 from echorl_nemo.releases import maps_local_experts
@@ -59,11 +64,11 @@ def platform_problems(config: RunConfig | EvaluateConfig, platform: Platform) ->
 def _split_window_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
     """A problem if a model with an attention window is to be split over context-parallel ranks: Transformer Engine
     passes keys and values on from rank to rank, and refuses a window then."""
-    settings = attention_settings(hf_config)
-    if layout.context == 1 or settings is None or settings.window is None:
+    window = next((window for window in attention_windows(hf_config) if window is not None), None)
+    if layout.context == 1 or hf_config.model_type not in MAPPED_FAMILIES or window is None:
         return []
     return [
-        f"parallel.context={layout.context}: the model has an attention window of {settings.window} tokens, which "
+        f"parallel.context={layout.context}: the model has an attention window of {window} tokens, which "
         "Transformer Engine does not split; use 1"
     ]
 

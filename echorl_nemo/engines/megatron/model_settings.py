@@ -54,7 +54,7 @@ def attention_settings(hf_config: PretrainedConfig) -> AttentionSettings | None:
     # transformers multiplies cosine and sine, of queries and of keys, with the factor
     scale = factor**2 / math.sqrt(width)
     experts = hf_config.norm_topk_prob if hf_config.model_type == "qwen3_moe" else None
-    return AttentionSettings(frequencies.float(), scale, tuple(_windows(hf_config)), experts)
+    return AttentionSettings(frequencies.float(), scale, tuple(attention_windows(hf_config)), experts)
 
 
 def apply_to_provider(provider: Any, settings: AttentionSettings) -> None:
@@ -90,7 +90,8 @@ def megatron_window(window: int) -> tuple[int, int]:
     return (window - 1, 0)
 
 
-def _windows(hf_config: PretrainedConfig) -> Iterator[int | None]:
+def attention_windows(hf_config: PretrainedConfig) -> Iterator[int | None]:
+    """For each layer the number of tokens that a token attends to, itself included; None: all tokens before it."""
     window = getattr(hf_config, "sliding_window", None)
     kinds = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * hf_config.num_hidden_layers
     for kind in kinds:
