@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from echorl_nemo.checks.hf_config import number_of_experts
 from echorl_nemo.engines.megatron.layout import ranks_per_replica
 from echorl_nemo.plan.parameters import StageParameters
-from echorl_nemo.schema import RunConfig
+from echorl_nemo.schema import ParallelConfig, RunConfig
 
 GIB = 1 << 30
 OTHER_GIB = 4.0
@@ -97,7 +97,7 @@ def _stage_memory(
     config: RunConfig, hf: PretrainedConfig, sizes: StepShape, stages: list[StageParameters], number: int
 ) -> Memory:
     layout, stage = config.parallel, stages[number]
-    replicas = (layout.data or 1) * layout.context
+    replicas = _replicas(layout)
     expert_replicas = max(1, replicas * layout.tensor // layout.expert) if layout.expert > 1 else replicas
     always = [
         Estimate("weights", 2 * stage.rank, "2 P"),
@@ -127,7 +127,12 @@ def micro_batches(config: RunConfig, sizes: StepShape) -> int:
     """Number of micro-batches of a replica in an optimizer step."""
     layout = config.parallel
     tokens = config.trainer.minibatch_prompts * config.rollout.group_size * sizes.tokens
-    return max(1, math.ceil(tokens / ((layout.data or 1) * layout.context * sizes.micro_tokens)))
+    return max(1, math.ceil(tokens / (_replicas(layout) * sizes.micro_tokens)))
+
+
+def _replicas(layout: ParallelConfig) -> int:
+    """Number of copies of the weights: D C."""
+    return (layout.data or 1) * layout.context
 
 
 def _sum(items: list[Estimate]) -> float:
@@ -166,8 +171,7 @@ def _rollout_memory(
     rollout, layout = config.rollout, config.parallel
     total = sum(stage.whole for stage in stages)
     if rollout.engine == "megatron":
-        replicas = (layout.data or 1) * layout.context
-        concurrent = min(rollout.batch_size, math.ceil(sizes.rollouts / replicas))
+        concurrent = min(rollout.batch_size, math.ceil(sizes.rollouts / _replicas(layout)))
         value = concurrent * sizes.tokens * stages[number].layers * 4 * sizes.keys / min(layout.tensor, sizes.keys)
         return [Estimate("KV cache", value, f"{concurrent} rollouts x {sizes.tokens} tokens x layers x 4k/T")]
     weights = 2 * total / engine_gpus(config)
@@ -219,7 +223,7 @@ def _generation_seconds(config: RunConfig, sizes: StepShape, stages: list[StageP
     rollout, layout = config.rollout, config.parallel
     kv = 4 * sizes.keys * sum(stage.layers for stage in stages) * sizes.tokens / 2
     if rollout.engine == "megatron":
-        engines, concurrent = (layout.data or 1) * layout.context, rollout.batch_size
+        engines, concurrent = _replicas(layout), rollout.batch_size
         weights, sharing = float(sum(2 * stage.rank for stage in stages)), layout.tensor
     else:
         sharing = engine_gpus(config)
@@ -238,7 +242,7 @@ def _generation_seconds(config: RunConfig, sizes: StepShape, stages: list[StageP
 def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[StageParameters]) -> list[Estimate]:
     """GB that a GPU sends in the scoring pass and the update of a step."""
     sizes, layout = step_shape(config, hf, stages), config.parallel
-    replicas = (layout.data or 1) * layout.context
+    replicas = _replicas(layout)
     tokens = sizes.rollouts * sizes.tokens / replicas
     steps = config.trainer.prompts_per_step // config.trainer.minibatch_prompts
     stage = max(stages, key=lambda stage: stage.rank)

@@ -22,12 +22,15 @@ class PackedRow:
     """[B + 1] int32, or [B + 2] with an unused end: the start of each sequence, and the end of the last."""
     sizes: list[int]
     """Number of tokens of each sequence."""
-    longest: int
-    """Number of tokens of the longest sequence."""
     place: Tensor
     """[tokens of the rollouts] int64: index of each token in the flattened [B, S] rows of the rollouts."""
     shape: tuple[int, int]
     """(B, S), the shape of the rollouts' own rows."""
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest sequence."""
+        return max(self.sizes)
 
     def unpack(self, values: Tensor) -> Tensor:
         """``values`` [1, W] of the packed row moved to the rollouts' own rows, [B, S], with 0 in the padding."""
@@ -57,7 +60,6 @@ def pack_row(tokens: Tensor, lengths: Sequence[int], width: int) -> PackedRow:
         positions=torch.cat(columns)[None].to(tokens.device, non_blocking=True),
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0).int().to(tokens.device, non_blocking=True),
         sizes=sizes,
-        longest=max(sizes),
         place=torch.cat([start + own for start, own in zip(starts, columns, strict=False)]).to(
             tokens.device, non_blocking=True
         ),

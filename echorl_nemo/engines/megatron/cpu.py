@@ -192,7 +192,8 @@ def _attend_to_packed_and_split_rows() -> None:
             # [tokens, heads, width] of the row; [tokens, 1, heads, width] of a sequence
             query, key, value = (part.unsqueeze(1) for part in (query, key, value))
         if parts > 1:
-            key, value = (_whole_context(part, sizes, parts) for part in (key, value))
+            order = natural_order(sizes, parts).to(key.device)
+            key, value = (_whole_context(part)[order] for part in (key, value))
         outputs = []
         for q, k, v in zip(
             query.split([size // parts for size in sizes]), key.split(sizes), value.split(sizes), strict=True
@@ -205,14 +206,14 @@ def _attend_to_packed_and_split_rows() -> None:
     DotProductAttention.__init__, DotProductAttention.forward = init, forward
 
 
-def _whole_context(part: torch.Tensor, sizes: Sequence[int], parts: int) -> torch.Tensor:
-    """Keys or values [tokens / parts, ...] of the context-parallel ranks in natural order, [tokens, ...]. The backward
-    adds up what each rank's queries ask of them."""
+def _whole_context(part: torch.Tensor) -> torch.Tensor:
+    """Keys or values [tokens of a rank, ...] of the context-parallel ranks, one rank after the other. The backward adds
+    up what each rank's queries ask of them."""
     from megatron.core.parallel_state import get_context_parallel_group
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-    whole = gather_from_sequence_parallel_region(part.contiguous(), group=get_context_parallel_group())
-    return whole[natural_order(sizes, parts).to(part.device)]
+    whole: torch.Tensor = gather_from_sequence_parallel_region(part.contiguous(), group=get_context_parallel_group())
+    return whole
 
 
 def _chunks(query: torch.Tensor, parts: int) -> Iterator[tuple[torch.Tensor, int]]:

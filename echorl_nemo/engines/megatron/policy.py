@@ -17,10 +17,9 @@ from torch import Tensor
 
 from echorl_nemo.echo import EchoRLConfig, clip_denominator, clip_loss
 from echorl_nemo.engines.megatron.model import PolicyModel
-from echorl_nemo.engines.megatron.scorer import MegatronScorer
+from echorl_nemo.engines.megatron.scorer import MegatronScorer, MicroBatch
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
-from echorl_nemo.rollout.packing import PackedRow
 from echorl_nemo.schema import TrainerConfig
 
 METRICS = (
@@ -237,36 +236,39 @@ class MegatronPolicy(MegatronScorer):
 
     def _loss_of_logits(
         self, counts: StepCounts, clip_coef: float
-    ) -> Callable[[Tensor, RolloutBatch, PackedRow | None], tuple[Tensor, Tensor, Tensor]]:
+    ) -> Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor, Tensor]]:
         """The objective: policy loss, less the entropy bonus, plus ``clip_coef`` x clip loss; one backward for all."""
 
-        def loss_of_logits(logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_of_logits(logits: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
             logprobs, entropies = self._token_statistics(
-                logits, micro, row, train=True, entropy_grad=self.algo.entropy_coef > 0
+                logits, micro, train=True, entropy_grad=self.algo.entropy_coef > 0
             )
-            assert micro.old_logprobs is not None and micro.advantages is not None and micro.counted is not None
+            rollouts = micro.rollouts
+            assert (
+                rollouts.old_logprobs is not None and rollouts.advantages is not None and rollouts.counted is not None
+            )
             outputs = policy_loss(
                 LossInputs(
                     logprobs=logprobs,
-                    old_logprobs=micro.old_logprobs,
-                    advantages=micro.advantages,
-                    response_mask=micro.response_mask,
-                    counted=micro.counted,
+                    old_logprobs=rollouts.old_logprobs,
+                    advantages=rollouts.advantages,
+                    response_mask=rollouts.response_mask,
+                    counted=rollouts.counted,
                     entropies=entropies,
                     totals=counts.totals,
-                    rollout_logprobs=micro.rollout_logprobs,
-                    reference_logprobs=micro.reference_logprobs,
-                    mastered=micro.mastered,
-                    expert=micro.expert,
+                    rollout_logprobs=rollouts.rollout_logprobs,
+                    reference_logprobs=rollouts.reference_logprobs,
+                    mastered=rollouts.mastered,
+                    expert=rollouts.expert,
                 ),
                 self.algo,
             )
             loss, clip, hint = outputs.loss, torch.zeros_like(outputs.loss), torch.zeros_like(outputs.loss)
-            if micro.clip_weight is not None:
-                clip = clip_loss(logprobs, micro.clip_weight, counts.clip, token_weight=self.echorl.token_weight)
+            if rollouts.clip_weight is not None:
+                clip = clip_loss(logprobs, rollouts.clip_weight, counts.clip, token_weight=self.echorl.token_weight)
                 loss = loss + clip_coef * clip
-            if micro.hint_mask is not None:
-                hint = clip_loss(logprobs, micro.hint_mask.to(logprobs.dtype), counts.hint_tokens)
+            if rollouts.hint_mask is not None:
+                hint = clip_loss(logprobs, rollouts.hint_mask.to(logprobs.dtype), counts.hint_tokens)
                 loss = loss + self.algo.hint_coef * hint
             metrics = {**outputs.metrics, "clip_loss": clip, "hint_loss": hint, "loss": loss}
             report = torch.stack([metrics[name].detach().double() for name in METRICS])

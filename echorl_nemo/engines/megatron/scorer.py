@@ -3,7 +3,8 @@
 Shapes: N rollouts, S positions, B rollouts of a micro-batch, v vocabulary columns of this tensor-parallel rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from echorl_nemo.engines.megatron.zigzag import held_positions, round_up
 from echorl_nemo.ops import logprob_and_entropy
 from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
 from echorl_nemo.rollout.packing import PackedRow, pack_bins, pack_row
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward-backward works on."""
+
+    rollouts: RolloutBatch
+    row: PackedRow | None
+    """The rollouts as one packed row; None if they are padded."""
+    held: Tensor | None
+    """The columns of the tokens that this context-parallel rank holds; None if it holds them all."""
+
+    def own_columns(self, values: Tensor) -> Tensor:
+        """The columns of ``values`` [B, S], or [1, W] for a packed row, that this rank holds."""
+        return values if self.held is None else values.index_select(1, self.held)
 
 
 class MegatronScorer:
@@ -95,7 +111,7 @@ class MegatronScorer:
         self,
         batch: RolloutBatch,
         micro_rows: list[list[int]],
-        use_logits: Callable[[Tensor, RolloutBatch, PackedRow | None], Any],
+        use_logits: Callable[[Tensor, MicroBatch], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
@@ -109,12 +125,13 @@ class MegatronScorer:
         def forward_step(rows: Iterator[list[int]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             chosen = next(rows)
             columns = self._padded(int(batch.lengths[chosen].max())) if own_width else width
-            micro = _on_device(batch, chosen, columns, self.parallel.device)
+            rollouts = _on_device(batch, chosen, columns, self.parallel.device)
             row = None
             if self.pack_tokens:
-                row = pack_row(micro.tokens, self._packed_lengths(batch, chosen), packed_width)
-            output = self._forward(module, micro, row)
-            return output, lambda logits, non_loss_data=False: use_logits(logits, micro, row)
+                row = pack_row(rollouts.tokens, self._packed_lengths(batch, chosen), packed_width)
+            micro = MicroBatch(rollouts, row, self._held_positions([columns] if row is None else row.sizes))
+            output = self._forward(module, micro)
+            return output, lambda logits, non_loss_data=False: use_logits(logits, micro)
 
         return self._forward_backward(
             forward_step_func=forward_step,
@@ -127,72 +144,72 @@ class MegatronScorer:
             collect_non_loss_data=forward_only,
         )
 
-    def _forward(self, module: Any, micro: RolloutBatch, row: PackedRow | None) -> Tensor:
+    def _held_positions(self, sizes: Sequence[int]) -> Tensor | None:
+        parallel = self.parallel
+        if parallel.context_size == 1:
+            return None
+        return held_positions(sizes, parallel.context_size, parallel.context_rank).to(parallel.device)
+
+    def _forward(self, module: Any, micro: MicroBatch) -> Tensor:
         """The output of this pipeline stage; on the last one logits [B, S, v], or [1, W, v] for a packed row, of the
         positions that this rank holds."""
+        tokens, row, sequences = micro.rollouts.tokens, micro.row, {}
         if row is None:
-            positions = torch.arange(micro.tokens.shape[1], device=micro.tokens.device).expand_as(micro.tokens)
-            held = (self._held(part, None) for part in (micro.tokens, positions))
-            return module(*held, None, **self.model.call_options)
-        sequences = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=row.cu_seqlens,
-            cu_seqlens_kv=row.cu_seqlens,
-            max_seqlen_q=row.longest,
-            max_seqlen_kv=row.longest,
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        else:
+            tokens, positions = row.tokens, row.positions
+            sequences["packed_seq_params"] = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=row.cu_seqlens,
+                cu_seqlens_kv=row.cu_seqlens,
+                max_seqlen_q=row.longest,
+                max_seqlen_kv=row.longest,
+            )
+        return module(
+            micro.own_columns(tokens), micro.own_columns(positions), None, **sequences, **self.model.call_options
         )
-        held = (self._held(part, row) for part in (row.tokens, row.positions))
-        return module(*held, None, packed_seq_params=sequences, **self.model.call_options)
 
-    def _held_positions(self, width: int, row: PackedRow | None, device: torch.device) -> Tensor:
-        sizes = [width] if row is None else row.sizes
-        return held_positions(sizes, self.parallel.context_size, self.parallel.context_rank).to(device)
-
-    def _held(self, values: Tensor, row: PackedRow | None) -> Tensor:
-        """The columns of ``values`` that this context-parallel rank holds."""
-        if self.parallel.context_size == 1:
-            return values
-        return values.index_select(1, self._held_positions(values.shape[1], row, values.device))
-
-    def _assembled(self, values: Tensor, width: int, row: PackedRow | None) -> Tensor:
+    def _all_columns(self, values: Tensor, micro: MicroBatch, width: int) -> Tensor:
         """``values`` [n, B, columns of this rank] with the columns of all ranks of the context group, [n, B, width].
 
         Each rank then computes the whole loss, and its backward goes only to the logits that it holds."""
-        if self.parallel.context_size == 1:
+        if micro.held is None:
             return values
-        held = self._held_positions(width, row, values.device)
-        whole = values.new_zeros(*values.shape[:2], width).index_copy(2, held, values)
+        whole = values.new_zeros(*values.shape[:2], width).index_copy(2, micro.held, values)
         return reduce_from_tensor_model_parallel_region(whole, group=self.parallel.context_group)
 
-    def _score_logits(self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None) -> tuple[Tensor, Tensor]:
-        return self._token_statistics(logits, micro, row, train=False)
+    def _score_logits(self, logits: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self._token_statistics(logits, micro, train=False)
 
     def _token_statistics(
-        self, logits: Tensor, micro: RolloutBatch, row: PackedRow | None, *, train: bool, entropy_grad: bool = False
+        self, logits: Tensor, micro: MicroBatch, *, train: bool, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, each [B, S], aligned to the token that the distribution produced: of the response,
         log-probs also of a hint."""
-        produced = micro.tokens.roll(-1, dims=1)  # position t's logits produce token t + 1; the last ones are not used
+        rollouts, row = micro.rollouts, micro.row
+        # position t's logits produce token t + 1; the last ones are not used
+        produced = rollouts.tokens.roll(-1, dims=1)
         if row is not None:
             produced = row.pack(produced)
         logprobs, entropies = logprob_and_entropy(
             logits,
-            self._held(produced, row),
+            micro.own_columns(produced),
             group=self.parallel.tensor_group,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             entropy_grad=entropy_grad,
             inplace_backward=train,
         )
-        logprobs, entropies = self._assembled(torch.stack([logprobs, entropies]), produced.shape[1], row)
+        logprobs, entropies = self._all_columns(torch.stack([logprobs, entropies]), micro, produced.shape[1])
         if row is not None:
             logprobs, entropies = row.unpack(logprobs), row.unpack(entropies)
         # one column to the right; where() rather than a product, since 0 * -inf is NaN
         aligned = [torch.nn.functional.pad(values[:, :-1], (1, 0)) for values in (logprobs, entropies)]
-        scored = micro.response_mask if micro.hint_mask is None else micro.response_mask | micro.hint_mask
+        response = rollouts.response_mask
+        scored = response if rollouts.hint_mask is None else response | rollouts.hint_mask
         return (
             torch.where(scored, aligned[0], 0.0),
-            torch.where(micro.response_mask, aligned[1], 0.0),
+            torch.where(response, aligned[1], 0.0),
         )
 
 
