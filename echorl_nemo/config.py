@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from echorl_nemo.checks.keys import key_problems, parse_overrides
 from echorl_nemo.errors import UserError, did_you_mean
+from echorl_nemo.ops.ranges import KINDS
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 from echorl_nemo.shipped import CONFIG_DIR, ROOT
 
@@ -181,7 +182,8 @@ def _explain(error: BaseException, keys: Sequence[str]) -> str:
     return (f"{key}: " if key else "") + _words(error)
 
 
-KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+NODES = {"Integer": KINDS[int], "Float": KINDS[float], "Boolean": KINDS[bool], "String": KINDS[str]}
+"""OmegaConf's names of types in plain words."""
 
 
 def _words(error: BaseException) -> str:
@@ -189,7 +191,7 @@ def _words(error: BaseException) -> str:
     words = [str(error), str(error.__cause__ or "")]
     joined = " ".join(words)
     if found := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", joined, re.DOTALL):
-        return f"{found[1]!r} is not {KINDS.get(found[2], found[2])}"
+        return f"{found[1]!r} is not {NODES.get(found[2], found[2])}"
     if "is not a subclass of" in joined:
         return "this configuration is for another command (train and plan, or evaluate and analyze); choose another"
     if "is not Optional" in joined:

@@ -21,6 +21,7 @@ from echorl_nemo.checks.layout_and_batch import batch_size_problems, layout_prob
 from echorl_nemo.checks.model import path_problems, prompt_token_problems, read_tokenizer, vocabulary_problems
 from echorl_nemo.checks.model_build import platform_problems
 from echorl_nemo.checks.packages import package_problems
+from echorl_nemo.checks.rewards import reward_problems
 from echorl_nemo.checks.rollout_engine import native_problems
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData
@@ -36,6 +37,10 @@ ENGINE_CHECKS: dict[str, Callable[[RunConfig, str], list[str]]] = {
     "nemo_rl": lambda config, _: nemo_rl.run_problems(config),
 }
 """Problems with a run on each engine, from its configuration and the model's architecture."""
+
+
+LARGEST_HOST_SEED = 4_000_000_000
+"""NumPy's seeds are below 2^32, and Megatron adds a hundred for each pipeline stage."""
 
 
 @dataclass
@@ -66,7 +71,13 @@ def check_run(
         if config.model.architecture or not files:  # otherwise `path_problems` reports it
             found.problems.append(str(error))
     architecture = found.hf_config.model_type if found.hf_config is not None else "unknown model"
-    found.problems += [*batch_size_problems(config), *ENGINE_CHECKS[config.engine](config, architecture)]
+    found.problems += [*batch_size_problems(config), *reward_problems(config)]
+    if config.engine != "megatron" and config.trainer.seed > LARGEST_HOST_SEED:
+        found.problems.append(
+            f"trainer.seed={config.trainer.seed}: engine={config.engine} gives it to NumPy, which takes 32 bits; use "
+            f"at most {LARGEST_HOST_SEED}"
+        )
+    found.problems += ENGINE_CHECKS[config.engine](config, architecture)
     if found.hf_config is not None:
         found.problems += layout_problems(config.parallel, found.hf_config)
     if files:

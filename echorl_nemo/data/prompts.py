@@ -139,7 +139,7 @@ class PromptData:
         return prompts
 
     def _order(self, epoch: int, seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
         return torch.randperm(len(self), generator=generator).tolist()
 
     def _prompt(self, index: int, group_id: int) -> Prompt:

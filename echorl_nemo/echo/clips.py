@@ -18,6 +18,7 @@ from echorl_nemo.echo.predictable import unpredictable_settings
 from echorl_nemo.echo.rows import Rows
 from echorl_nemo.echo.spans import SpanInputs
 from echorl_nemo.ops.entropy_threshold import entropy_threshold, running_threshold
+from echorl_nemo.ops.results import tensor_of_shape
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,7 @@ def _fork_threshold(
 def _span_weight(inputs: SpanInputs, inside: Tensor, span: str) -> Tensor:
     """[n, S] float32: the weights that the span gives, 0 outside ``inside`` [n, S] bool. Raises ValueError if they are
     not [n, S], finite and >= 0."""
-    weight = SPANS.load(span)(inputs)
-    if weight.shape != inside.shape:
-        raise ValueError(
-            f"echorl.span={span} returned shape {list(weight.shape)}; return weights of shape {list(inside.shape)}"
-        )
+    weight = tensor_of_shape(SPANS.load(span)(inputs), inside.shape, f"echorl.span={span}")
     weight = torch.where(inside, weight.float(), 0.0)
     if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
         raise ValueError(f"echorl.span={span} returned weights that are negative or not finite; return 0 or more")

@@ -129,7 +129,21 @@ class EchoRLConfig:
     """Fixes `random_prefix` for each rollout, whatever the layout and the order of rollouts."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "echorl", boundary_problems(self.boundary, "echorl.boundary"))
+        problems = boundary_problems(self.boundary, "echorl.boundary")
+        steps = {"coef_warmup_steps": self.coef_warmup_steps, "coef_decay_steps": self.coef_decay_steps}
+        if self.coef_schedule == "linear" and not any(steps.values()):
+            problems.append(
+                "echorl.coef_schedule=linear with no steps to rise or fall in is constant; set "
+                "echorl.coef_warmup_steps or echorl.coef_decay_steps, or use constant"
+            )
+        if self.coef_schedule != "linear":
+            problems += [
+                f"echorl.{key}={value} with echorl.coef_schedule={self.coef_schedule}: only linear uses it; set "
+                "echorl.coef_schedule=linear, or leave it 0"
+                for key, value in steps.items()
+                if type(value) is int and value > 0
+            ]
+        check_fields(self, "echorl", problems)
 
 
 def needs_steps_before(config: EchoRLConfig) -> bool:

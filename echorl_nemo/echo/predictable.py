@@ -11,9 +11,11 @@ PREDICTABLE_SPANS = ("full", "fork_tokens", "survival")
 
 def unpredictable_settings(config: EchoRLConfig) -> list[str]:
     """The settings by which the weight of a token depends on the token itself or on what follows it, as `key=value`;
-    empty if the selection is predictable, exactly or up to `approximate_settings`.
+    empty if the selection is predictable.
 
-    A function of the user's is listed, since nothing is known of it.
+    A part of order 1/N in what the N rollouts of a step determine together is not listed: a denominator that is
+    counted, the step's own threshold, a coefficient by the step's own entropy (the table in docs/method.md). A function
+    of the user's is listed, since nothing is known of it.
     """
     return [
         f"echorl.{key}={getattr(config, key)}"
@@ -28,14 +30,3 @@ def unpredictable_settings(config: EchoRLConfig) -> list[str]:
         )
         if getattr(config, key) not in predictable
     ]
-
-
-def approximate_settings(config: EchoRLConfig) -> list[str]:
-    """The settings by which a token has a part of order 1/N in what the N rollouts of a step determine together: a
-    denominator that is counted, or the step's own threshold. As `key=value`."""
-    found = []
-    if config.normalizer in ("clip_tokens", "response_tokens"):
-        found.append(f"echorl.normalizer={config.normalizer}")
-    if config.span == "fork_tokens" and config.fork_threshold == "step":
-        found.append("echorl.fork_threshold=step")
-    return found

@@ -76,7 +76,8 @@ def clip_and_stop(inputs: SpanInputs) -> Tensor:
 
 def fork_tokens(inputs: SpanInputs) -> Tensor:
     """The tokens whose entropy is at least the threshold (arXiv 2506.01939)."""
-    return (inputs.entropies.clamp(min=0) >= inputs.threshold).float()
+    # in float32, as the threshold is counted
+    return (inputs.entropies.float().clamp(min=0) >= inputs.threshold).float()
 
 
 def survival(inputs: SpanInputs) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from echorl_nemo.grpo.config import ESTIMATORS
+from echorl_nemo.ops.results import tensor_of_shape
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsilon: float = 1e-6) -> Tensor:
@@ -19,10 +20,11 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, estimator: str, epsi
     defines each estimator; standard deviations are unbiased, plus ``epsilon``. If all compared rewards are equal the
     advantages are exactly 0. Equality is tested on the rewards, since a mean of equal floats may differ by rounding.
 
-    Raises ValueError for a group of one rollout, which has nothing to compare with.
+    Raises ValueError for a group of one rollout, which has nothing to compare with, for rewards that the estimator is
+    not defined for, and if a user's estimator does not return advantages.
     """
-    advantages: Tensor = ESTIMATORS.load(estimator)(rewards, group_ids, epsilon)
-    return advantages.float()
+    advantages = ESTIMATORS.load(estimator)(rewards, group_ids, epsilon)
+    return tensor_of_shape(advantages, rewards.shape, f"algo.estimator={estimator}").float()
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ def reinforce_plus_plus(rewards: Tensor, group_ids: Tensor, epsilon: float) -> T
 
 
 def maxrl(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
-    """Reward minus its group's mean, divided by that mean; 0 in a group whose mean is not above 0 (arXiv 2602.02710,
-    algorithm 1, for rewards >= 0)."""
+    """Reward minus its group's mean, divided by that mean; 0 in a group without reward (arXiv 2602.02710,
+    algorithm 1). Raises ValueError for a reward below 0, with which the mean may be about 0 and the quotient
+    anything."""
+    if bool((rewards < 0).any()):
+        raise ValueError(f"algo.estimator=maxrl is for rewards >= 0, and one is {float(rewards.min()):g}; use grpo")
     group = compare_within_groups(rewards, group_ids)
     mean = rewards.double() - group.centred
     return group.zero_if_equal(torch.where(mean > 0, group.centred / torch.where(mean > 0, mean, 1.0), 0.0))
@@ -91,9 +96,13 @@ def maxrl(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
 
 def mcpo(rewards: Tensor, group_ids: Tensor, epsilon: float) -> Tensor:
     """`grpo`, divided by 2 sqrt(p (1 - p)) in groups whose mean reward p is above a half, for rewards of 0 and 1
-    (arXiv 2604.16972, equations 12 and 13)."""
+    (arXiv 2604.16972, equations 12 and 13). Raises ValueError for a reward outside [0, 1], with which p is no share
+    of successes."""
+    outside = rewards[(rewards < 0) | (rewards > 1)]
+    if len(outside):
+        raise ValueError(f"algo.estimator=mcpo is for rewards of 0 to 1, and one is {float(outside[0]):g}; use grpo")
     group = compare_within_groups(rewards, group_ids)
-    p = (rewards.double() - group.centred).clamp(0.0, 1.0)
+    p = rewards.double() - group.centred
     scale = torch.where((p > 0.5) & (p < 1), 2 * (p * (1 - p)).sqrt(), 1.0)
     return grpo(rewards, group_ids, epsilon) / scale
 

@@ -38,6 +38,12 @@ DENOMINATORS = ("live", "all")
 KL_ESTIMATORS = Registry("algo.kl_estimator", {name: f"echorl_nemo.grpo.kl:{name}" for name in ("k1", "k2", "k3")})
 KL_PLACES = ("loss", "reward")
 IMPORTANCES = ("policy", "rollout")
+SUCCESS_ESTIMATORS = ("maxrl", "mcpo")
+"""Estimators that divide by a function of the group's mean reward, which must be its share of successes."""
+SUCCESS_ESTIMATORS_NOTE = (
+    "it divides by a function of the mean reward, which must be the share of successes and not shaped; use "
+    "algo.estimator=grpo, or leave the shaping out"
+)
 
 
 @dataclass(kw_only=True)
@@ -184,6 +190,20 @@ class AlgoConfig:
                 f"algo.icepop_low={self.icepop_low} is above algo.icepop_high={self.icepop_high}: no token would "
                 "count; exchange them"
             )
+        if self.demonstrations == "uft" and 1 >= self.hint_low > self.hint_high >= 0:
+            problems.append(
+                f"algo.hint_low={self.hint_low} is above algo.hint_high={self.hint_high}: hints get shorter over the "
+                "run; exchange them"
+            )
+        if self.estimator in SUCCESS_ESTIMATORS:
+            problems += [
+                f"algo.{key}={getattr(self, key)} with algo.estimator={self.estimator}: {SUCCESS_ESTIMATORS_NOTE}"
+                for key, used in (
+                    ("kl_in", self.kl_coef and self.kl_in == "reward"),
+                    ("overlong_buffer", self.overlong_buffer),
+                )
+                if used
+            ]
         if self.degenerate in ("avspo", "ngrpo") and self.estimator != "grpo":
             problems.append(
                 f"algo.degenerate={self.degenerate} with algo.estimator={self.estimator}: virtual rewards change mean "

@@ -1,6 +1,8 @@
 """What groups with equal rewards are given in place of advantages of 0, by `algo.degenerate`.
 
-Each is a function of (`DegenerateInputs`, config) that returns the advantages of all rollouts, [N] or [N, S].
+Each is a function of (`DegenerateInputs`, config) that returns the advantages of all rollouts, [N] or [N, S]. Whether
+such a group is right or wrong is decided by its rollouts' success and not by the reward, which may be shaped: by a
+format, a length or a KL.
 
 Shapes: N rollouts, S positions.
 """
@@ -45,6 +47,20 @@ class DegenerateInputs:
     collapse_threshold: float = FIRST_COLLAPSE_THRESHOLD
     """The share of groups with equal rewards above which AVSPO acts."""
 
+    @property
+    def all_right(self) -> Tensor:
+        """[N] bool: the rewards of the rollout's group are equal, and all its rollouts are successes."""
+        return self._equal & equal_rewards(self.correct.float(), self.group_ids) & self.correct
+
+    @property
+    def all_wrong(self) -> Tensor:
+        """[N] bool: the rewards of the rollout's group are equal, and none of its rollouts is a success."""
+        return self._equal & equal_rewards(self.correct.float(), self.group_ids) & ~self.correct
+
+    @property
+    def _equal(self) -> Tensor:
+        return equal_rewards(self.rewards, self.group_ids)
+
 
 def zero(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
     """`degenerate=zero`: the estimator's advantages, 0 where the rewards of a group are equal."""
@@ -58,38 +74,48 @@ def zvp(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
         raise ValueError("algo.degenerate=zvp needs the policy's entropies, and this run has none; use zero")
     entropies, mask = inputs.entropies.detach(), inputs.response_mask
     highest = torch.where(mask, entropies, -torch.inf).amax(dim=1, keepdim=True)
-    shaped = torch.where(inputs.correct[:, None], entropies, entropies - highest) * config.zvp_alpha
-    equal = equal_rewards(inputs.rewards, inputs.group_ids)[:, None]
-    return torch.where(mask, torch.where(equal, shaped, inputs.advantages[:, None]), 0.0)
+    shaped = torch.where(inputs.all_right[:, None], entropies, entropies - highest) * config.zvp_alpha
+    chosen = (inputs.all_right | inputs.all_wrong)[:, None]
+    return torch.where(mask, torch.where(chosen, shaped, inputs.advantages[:, None]), 0.0)
 
 
 def ngrpo(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
-    """`degenerate=ngrpo`: one virtual reward of a success joins every group; mean and population deviation are those
-    of the G + 1 rewards, so that an all-wrong group is pushed away (NGRPO, arXiv 2509.18851)."""
+    """`degenerate=ngrpo`: the reward of one virtual success joins every group; mean and population deviation are those
+    of the G + 1 rewards, so that an all-wrong group is pushed away (NGRPO, arXiv 2509.18851).
+
+    The virtual reward is the highest that a group can have: `success_reward`, or the group's own highest if that is
+    more. An all-right group with equal rewards gets 0.
+    """
     _, index, sizes = inputs.group_ids.unique(return_inverse=True, return_counts=True)
     rewards = inputs.rewards.double()
+    # rounded as the rewards are, since .9 in float32 is not .9 in float64
+    success = float(torch.tensor(inputs.success_reward, dtype=inputs.rewards.dtype))
+    virtual = torch.full((len(sizes),), success, dtype=rewards.dtype, device=rewards.device)
+    virtual.scatter_reduce_(0, index, rewards, "amax")
 
-    def mean(values: Tensor, virtual: Tensor | float) -> Tensor:
-        total = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).scatter_add_(0, index, values)
-        return (total + virtual) / (sizes + 1)
+    def mean(values: Tensor, of_virtual: Tensor) -> Tensor:
+        return (torch.zeros_like(virtual).scatter_add_(0, index, values) + of_virtual) / (sizes + 1)
 
-    centre = mean(rewards, inputs.success_reward)
-    spread = mean((rewards - centre[index]).square(), (inputs.success_reward - centre).square()).sqrt()
-    equal = equal_rewards(rewards, inputs.group_ids) & (rewards == inputs.success_reward)
-    return torch.where(equal, 0.0, (rewards - centre[index]) / (spread[index] + 1e-6))
+    centre = mean(rewards, virtual)
+    spread = mean((rewards - centre[index]).square(), (virtual - centre).square()).sqrt()
+    return torch.where(inputs.all_right, 0.0, (rewards - centre[index]) / (spread[index] + 1e-6))
 
 
 def avspo(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
     """`degenerate=avspo`: virtual rewards join the groups with equal rewards if their share is above the threshold;
-    mean and population deviation are those of real and virtual rewards (AVSPO, arXiv 2605.21125, equations 6 to 9)."""
+    mean and population deviation are those of real and virtual rewards (AVSPO, arXiv 2605.21125, equations 6 to 9).
+
+    An all-right group counts as rewarded with 1, an all-wrong one with 0, as in the paper: those advantages do not
+    depend on the size of the reward.
+    """
     share = collapse_rate(inputs.rewards, inputs.group_ids)
     advantages = inputs.advantages.clone()
     if share <= inputs.collapse_threshold:
         return advantages
-    equal = equal_rewards(inputs.rewards, inputs.group_ids)
-    for group in inputs.group_ids[equal].unique():
+    all_right = inputs.all_right
+    for group in inputs.group_ids[all_right | inputs.all_wrong].unique():
         member = inputs.group_ids == group
-        size, reward = int(member.sum()), float(inputs.rewards[member][0])
+        size, reward = int(member.sum()), float(all_right[member][0])
         virtual = virtual_rewards(reward, max(1, min(size, math.ceil(size * share**VIRTUAL_SENSITIVITY))))
         pool = torch.tensor([reward] * size + virtual, dtype=torch.float64)
         advantages[member] = float((reward - pool.mean()) / (pool.std(correction=0) + 1e-8))

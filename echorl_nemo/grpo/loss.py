@@ -18,6 +18,7 @@ from echorl_nemo.grpo.config import AGGREGATIONS, ANCHORS, LOSSES, AlgoConfig
 from echorl_nemo.grpo.demonstrations import expert_loss
 from echorl_nemo.grpo.kl import kl_estimate
 from echorl_nemo.grpo.mismatch import mismatch_weights, needs_mismatch_weights
+from echorl_nemo.ops.results import tensor_of_shape
 
 MAX_LOG_RATIO = 20.0
 """exp() of more would overflow to inf, and inf times an advantage of 0 is NaN."""
@@ -84,7 +85,7 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     mask = inputs.response_mask & inputs.counted[:, None]
     weights = token_weights(mask, inputs.totals, config)
     log_ratio = torch.where(mask, inputs.logprobs - inputs.old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    token_loss, clipped = LOSSES.load(config.loss)(log_ratio, inputs, config, mask)
+    token_loss, clipped = token_losses(log_ratio, inputs, config, mask)
     if inputs.expert is not None:
         shaped = expert_loss(torch.where(mask, inputs.logprobs, 0.0), _per_token(inputs.advantages), config.luffy_gamma)
         token_loss = torch.where(inputs.expert[:, None], shaped, token_loss)
@@ -131,6 +132,18 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
 
 TokenLoss = tuple[Tensor, Tensor]
 """Loss of each token, [N, S], and whether the clip changed it, [N, S] bool."""
+
+
+def token_losses(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> TokenLoss:
+    """What the function of `algo.loss` returns; the arguments are those of `clipped_loss`. Raises ValueError if it does
+    not return the two tensors."""
+    source, returned = f"algo.loss={config.loss}", LOSSES.load(config.loss)(log_ratio, inputs, config, mask)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(
+            f"{source} returned {type(returned).__name__}; return two tensors: losses, and what the clip changed"
+        )
+    losses, clipped = returned
+    return tensor_of_shape(losses, mask.shape, source), tensor_of_shape(clipped, mask.shape, source)
 
 
 def clipped_loss(log_ratio: Tensor, inputs: LossInputs, config: AlgoConfig, mask: Tensor) -> TokenLoss:

@@ -47,5 +47,5 @@ def top_entropy_tokens(
     if entropies is None:
         raise ValueError("algo.policy_tokens=top_entropy needs the policy's entropies, and this run has none; use all")
     least = entropy_threshold(entropies, response_mask, config.policy_token_share)
-    chosen = response_mask & (entropies.clamp(min=0) >= (torch.inf if least is None else least))
+    chosen = response_mask & (entropies.float().clamp(min=0) >= (torch.inf if least is None else least))
     return torch.where(chosen, advantages if advantages.dim() == 2 else advantages[:, None], 0.0)

@@ -23,7 +23,7 @@ def entropy_threshold(
 
     It is `torch.quantile(values, 1 - share, interpolation="higher")` over the tokens of ``inside`` [n, S] bool in
     ``entropies`` [n, S] nats, and over those of the other ranks of ``groups``; None if there is no token. Entropies
-    below 0, which rounding makes, count as 0.
+    below 0, which rounding makes, count as 0. Raises ValueError if an entropy inside is not finite.
     """
     upper = torch.zeros(1 << 16, dtype=torch.long, device=entropies.device)
     for bits in _bits(entropies, inside):
@@ -58,6 +58,8 @@ def _bits(entropies: Tensor, inside: Tensor) -> Iterator[Tensor]:
     for first in range(0, len(entropies), ROWS_AT_ONCE):
         block = slice(first, first + ROWS_AT_ONCE)
         values = entropies[block][inside[block]].float()
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("the entropies are not all finite: a threshold cannot be counted; look at the weights")
         yield (values.clamp(min=0) + 0.0).view(torch.int32)  # + 0.0 makes -0.0 positive, so that no sign bit is set
 
 

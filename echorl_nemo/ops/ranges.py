@@ -4,15 +4,22 @@ Standard library only, so that a configuration can be read and checked before to
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from echorl_nemo.ops.registry import Registry, unknown_name
 
+NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 INTERVAL = "interval"
 CHOICES = "words"
 NOTE = "note"
+KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""What a value of each type is called in messages."""
+MISSING = "???"
+"""OmegaConf's mark of a value that must be given, which OmegaConf reports itself."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,12 @@ def _problems(config: Any, prefix: str) -> Iterator[str]:
     for spec in fields(config):
         value, key = getattr(config, spec.name), f"{prefix}.{spec.name}"
         words, interval = spec.metadata.get(CHOICES), spec.metadata.get(INTERVAL)
+        if wrong_type := _type_problem(value, spec.type):
+            yield f"{key}={value!r} {wrong_type}"
+            continue
         if words is not None and value not in words:
             yield unknown_name(key, value, words)
-        if interval is None or value is None or value == "???":  # omegaconf checks null and values that are missing
+        if interval is None or value is None or value == MISSING:
             continue
         if wrong := [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item not in interval]:
             note = f"; {spec.metadata[NOTE]}" if spec.metadata[NOTE] else ""
@@ -85,3 +95,23 @@ def _problems(config: Any, prefix: str) -> Iterator[str]:
                 if isinstance(value, (list, tuple))
                 else f"{key}={value} must lie in {interval.text}{note}"
             )
+
+
+def _type_problem(value: Any, annotation: Any) -> str:
+    """What is wrong with the type of ``value`` in a field of one of `KINDS`, or of one and None; empty if nothing is.
+
+    OmegaConf checks and converts before this where a configuration passes through it; a host's own section does not.
+    """
+    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = [kind for kind in allowed if kind in KINDS]
+    if len(kinds) != 1 or value == MISSING:
+        return ""
+    kind = kinds[0]
+    if value is None:
+        return "" if type(None) in allowed else f"is not {KINDS[kind]}; give a value"
+    fits = type(value) in ((int, float) if kind is float else (kind,))
+    if fits:
+        return ""
+    if isinstance(value, str) and kind in (int, float) and NUMBER.fullmatch(value):
+        return f"is a text and not {KINDS[kind]}; write it without quotes, and a power of ten with a point: 1.0e-3"
+    return f"is not {KINDS[kind]}"

@@ -24,22 +24,25 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is registered, or has the form of a user's own function and those are accepted."""
-        return name in self._targets or (self.accepts_functions and is_function_name(name))
+        return isinstance(name, str) and (name in self._targets or (self.accepts_functions and is_function_name(name)))
 
     def load(self, name: str) -> Any:
         """Import and return the function or class of ``name``. Raises ValueError if the name is neither registered nor
-        an accepted `package.module:function`, or if such a function cannot be imported."""
+        an accepted `package.module:function`, or if such a function cannot be imported or is none."""
         if name not in self:
             raise ValueError(unknown_name(self.key, name, self))
         module, _, attribute = self._targets.get(name, name).partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
             if name in self._targets:
                 raise
             raise ValueError(
                 f"{self.key}={name}: it cannot be imported: {error}; check its name and PYTHONPATH"
             ) from error
+        if not callable(found):
+            raise ValueError(f"{self.key}={name}: it is {found!r}, which cannot be called; name a function")
+        return found
 
 
 def is_function_name(name: object) -> bool:

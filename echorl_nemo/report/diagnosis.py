@@ -30,8 +30,8 @@ def stop_bias_warning(history: Sequence[dict[str, Any]]) -> str:
     return (
         f"responses grew from {before:.0f} to {after:.0f} tokens while {coverage:.0%} of the EchoClips hold the "
         "response's last token, and the selection is not predictable: the clips may teach the policy to go on; use "
-        "echorl=fork_tokens or echorl=survival, compare echorl.span=full with echorl.per_group=all, or lower "
-        "echorl.coef (docs/method.md)"
+        "echorl=fork_tokens or echorl=survival; compare echorl.span=full with echorl.per_group=all and "
+        "echorl.normalizer=constant; or lower echorl.coef (docs/method.md)"
     )
 
 

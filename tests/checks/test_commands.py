@@ -28,6 +28,11 @@ def problems(*overrides: str) -> str:
         (["parallel.pipeline=4"], "parallel.pipeline=4: the model's 2 layers are not divisible by it"),
         (["trainer.minibatch_prompts=3"], "prompts_per_step=4 is not divisible by trainer.minibatch_prompts=3"),
         (["parallel.data=3"], "minibatch_prompts=4 groups are not divisible by parallel.data=3"),
+        (["engine=nemo_rl", "trainer.seed=5000000000"], "trainer.seed=5000000000: engine=nemo_rl gives it to NumPy"),
+        (
+            ["algo=maxrl", "data.extra_rewards=[{name: exact_line, weight: 0.5}]"],
+            "data.extra_rewards=exact_line with algo.estimator=maxrl: it divides by a function of the mean reward",
+        ),
         (["rollout.group_size=1"], "rollout.group_size=1: algo.estimator=grpo compares the rollouts of a group"),
         (
             ["rollout.max_new_tokens=120"],

@@ -43,6 +43,7 @@ def test_every_prompt_comes_once_an_epoch_in_an_order_fixed_by_the_seed(tokenize
     assert [p.group_id for p in asked] == list(range(18))
     assert [p.answer for p in data.sequence(6, 6, seed=3)] == [p.answer for p in steps[1]]
     assert [p.answer for p in data.sequence(0, 9, seed=4)] != first
+    assert [p.answer for p in data.sequence(0, 9, seed=2**53)] != first
 
 
 @pytest.mark.parametrize(

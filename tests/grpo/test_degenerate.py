@@ -31,11 +31,13 @@ def example(seed: int, groups: int) -> dict[str, Tensor]:
     }
 
 
-def advantages(batch: dict[str, Tensor], threshold: float = 0.5, **settings: Any) -> Tensor:
+def advantages(
+    batch: dict[str, Tensor], threshold: float = 0.5, success_reward: float = 1.0, **settings: Any
+) -> Tensor:
     return step_advantages(
-        batch["rewards"], batch["group_ids"], AlgoConfig(**settings), correct=batch["rewards"] >= 1,
-        success_reward=1.0, entropies=batch["entropies"], response_mask=batch["response_mask"],
-        collapse_threshold=threshold,
+        batch["rewards"], batch["group_ids"], AlgoConfig(**settings),
+        correct=batch.get("correct", batch["rewards"] >= success_reward), success_reward=success_reward,
+        entropies=batch["entropies"], response_mask=batch["response_mask"], collapse_threshold=threshold,
     )  # fmt: skip
 
 
@@ -114,6 +116,37 @@ def test_top_entropy_tokens(seed: int, share: float, degenerate: str) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("degenerate", ["zvp", "avspo", "ngrpo"])
+@pytest.mark.parametrize(("wrong", "right"), [(0.1, 1.1), (-1.0, -0.2), (0.0, 0.9)])
+def test_success_and_not_the_shaped_reward_decides(degenerate: str, wrong: float, right: float) -> None:
+    """A format's reward, or a penalty for length, moves the rewards of a whole group."""
+    batch = {**example(3, 2), "correct": torch.tensor([False] * SIZE + [True] * SIZE)}
+    plain = advantages(batch, threshold=0.1, degenerate=degenerate)
+    rewards = torch.tensor([wrong] * SIZE + [right] * SIZE)
+    shaped = advantages({**batch, "rewards": rewards}, threshold=0.1, degenerate=degenerate)
+    assert torch.equal(shaped[SIZE:], plain[SIZE:]) and torch.equal(shaped.sign(), plain.sign())
+    if degenerate != "ngrpo":  # of which the distance to the virtual reward is a part
+        assert torch.equal(shaped, plain)
+
+
+@pytest.mark.parametrize("degenerate", ["zvp", "avspo", "ngrpo"])
+def test_a_mixed_group_whose_shaped_rewards_are_equal_is_neither(degenerate: str) -> None:
+    batch = {**example(3, 2), "correct": torch.tensor([True, False] * SIZE), "rewards": torch.ones(2 * SIZE)}
+    assert not advantages(batch, threshold=0.1, degenerate=degenerate).any()
+
+
+def test_the_virtual_success_of_ngrpo_is_the_highest_reward() -> None:
+    """Not the threshold of success, and compared as float32."""
+    batch = example(3, 2)
+    half = advantages(batch, success_reward=0.5, degenerate="ngrpo")
+    assert not half[-SIZE:].any() and half[:SIZE].max() < 0
+    nine = {**batch, "rewards": torch.full((2 * SIZE,), 0.9)}
+    assert not advantages(nine, success_reward=0.9, degenerate="ngrpo").any()
+    mixed = {**batch, "rewards": torch.tensor([1.0, 0.0] * SIZE)}
+    found, expected = (advantages(mixed, success_reward=least, degenerate="ngrpo") for least in (0.5, 1.0))
+    assert torch.equal(found, expected)
+
+
 def test_groups_that_learn_count() -> None:
     batch = example(1, 2)  # all wrong, all right
     finished = torch.ones(8, dtype=torch.bool)
@@ -121,6 +154,13 @@ def test_groups_that_learn_count() -> None:
         config = AlgoConfig(degenerate=degenerate)
         counted = counted_rollouts(advantages(batch, degenerate=degenerate), batch["group_ids"], finished, config)
         assert counted.view(2, SIZE).int().tolist() == [[value] * SIZE for value in expected], degenerate
+
+
+def test_what_is_not_finite_is_named() -> None:
+    batch = example(0, 2)
+    entropies = torch.where(batch["response_mask"], -torch.tensor(torch.nan), 0.0)  # with its sign bit set
+    with pytest.raises(ValueError, match="the entropies are not all finite"):
+        advantages({**batch, "entropies": entropies}, policy_tokens="top_entropy")
 
 
 def test_what_cannot_be_done_is_refused() -> None:

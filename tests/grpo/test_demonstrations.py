@@ -40,6 +40,11 @@ def test_the_share_of_hints_falls_as_a_cosine() -> None:
     assert hint_share(config, 299) == pytest.approx(0.05) and hint_share(config, 300) == 0.0
 
 
+def test_hints_that_would_grow_are_refused() -> None:
+    with pytest.raises(ValueError, match="algo.hint_low=0.95 is above algo.hint_high=0.05"):
+        AlgoConfig(demonstrations="uft", hint_low=0.95, hint_high=0.05)
+
+
 def test_hints_are_binomially_many_fifths() -> None:
     config = AlgoConfig(hint_steps=100, hint_high=1.0, hint_low=0.0)
     for step, share in ((0, hint_share(config, 0)), (49, 0.5)):

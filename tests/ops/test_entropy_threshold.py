@@ -31,6 +31,14 @@ def test_zeros_and_rounding_below_zero_count_as_zero() -> None:
     assert entropy_threshold(entropies, torch.ones(1, 4, dtype=torch.bool), 0.25) == pytest.approx(1e-30)
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    entropies = torch.tensor([[1.0, value, 2.0]])
+    with pytest.raises(ValueError, match="the entropies are not all finite"):
+        entropy_threshold(entropies, torch.ones(1, 3, dtype=torch.bool), 0.5)
+    assert entropy_threshold(entropies, torch.tensor([[True, False, True]]), 1.0) == 1.0
+
+
 def test_the_running_threshold_is_an_exponential_mean() -> None:
     mean: float | None = None
     for value in (None, 2.0, 4.0, None, 1.0):

@@ -14,6 +14,7 @@ from echorl_nemo.report.trackers import TRACKERS
 from echorl_nemo.rewards.verifiers import VERIFIERS
 from echorl_nemo.schema import RunConfig
 
+HERE = "tests.ops.test_registry"
 REGISTRIES = [
     AGGREGATIONS, ESTIMATORS, KL_ESTIMATORS, LOSSES, NORMALIZERS, PER_GROUP, SCOPES, SPANS, TRACKERS, VERIFIERS,
 ]  # fmt: skip
@@ -22,6 +23,30 @@ REGISTRIES = [
 def half(rewards: Any, group_ids: Any, epsilon: float) -> Any:
     """An estimator as a user writes one."""
     return rewards / 2
+
+
+def nothing(*arguments: Any) -> None:
+    """A function that lacks its `return`."""
+
+
+def one_value(rewards: Any, group_ids: Any, epsilon: float) -> Any:
+    """An estimator that returns one number for all."""
+    return rewards.mean()
+
+
+def as_numpy(inputs: Any) -> Any:
+    """A span that leaves torch."""
+    return inputs.entropies.numpy()
+
+
+def losses_alone(log_ratio: Any, inputs: Any, config: Any, mask: Any) -> Any:
+    """A loss that does not say what the clip changed."""
+    return log_ratio
+
+
+def broken(inputs: Any) -> Any:
+    """A span with a message of its own."""
+    raise ValueError("there is nothing here")
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)
@@ -64,8 +89,26 @@ def test_a_function_of_the_users_own() -> None:
         ("algo.estimator='nowhere:f'", "algo.estimator=nowhere:f: it cannot be imported: No module named 'nowhere'"),
         ("algo.loss='tests.ops.test_registry:none'", "algo.loss=tests.ops.test_registry:none: it cannot be imported"),
         ("echorl.span='tests.nowhere:f'", "echorl.span=tests.nowhere:f: it cannot be imported"),
+        ("echorl.span='math:pi'", "echorl.span=math:pi: it is 3.14159"),
+        (f"algo.estimator='{HERE}:nothing'", f"algo.estimator={HERE}:nothing returned NoneType; return a torch tensor"),
+        (f"algo.estimator='{HERE}:one_value'", f"algo.estimator={HERE}:one_value returned shape []; return a tensor"),
+        (f"algo.loss='{HERE}:nothing'", f"algo.loss={HERE}:nothing returned NoneType; return two tensors"),
+        (f"algo.loss='{HERE}:losses_alone'", f"algo.loss={HERE}:losses_alone returned Tensor; return two tensors"),
+        (f"echorl.span='{HERE}:nothing'", f"echorl.span={HERE}:nothing returned NoneType; return a torch tensor of sh"),
+        (f"echorl.span='{HERE}:as_numpy'", f"echorl.span={HERE}:as_numpy returned ndarray; return a torch tensor of s"),
+        (f"echorl.span='{HERE}:broken'", f"echorl.span={HERE}:broken: there is nothing here"),
     ],
 )
-def test_a_function_that_cannot_be_imported_is_a_problem_of_the_run(override: str, problem: str) -> None:
+def test_a_function_that_does_not_work_is_a_problem_of_the_run(override: str, problem: str) -> None:
     (found,) = function_problems(load_config("quickstart", [override], schema=RunConfig))
     assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("key", ["algo.estimator", "algo.loss", "echorl.span"])
+def test_a_function_that_works_is_none(key: str) -> None:
+    name = {
+        "algo.estimator": f"{HERE}:half",
+        "algo.loss": "echorl_nemo.grpo.loss:gspo_loss",
+        "echorl.span": "echorl_nemo.echo.spans:survival",
+    }[key]
+    assert function_problems(load_config("quickstart", [f"{key}='{name}'"], schema=RunConfig)) == []

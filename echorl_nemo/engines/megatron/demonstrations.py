@@ -14,6 +14,10 @@ from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.grpo import AlgoConfig
 from echorl_nemo.grpo.demonstrations import hint_length
 from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.sampling import rollout_seed
+
+NO_MEMBER = -1
+"""In place of a rollout's number in its group, so that a hint draws other numbers than every rollout."""
 
 
 def with_experts(batch: RolloutBatch, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> RolloutBatch:
@@ -55,7 +59,8 @@ def with_hints(
     hinted = []
     for prompt in prompts:
         solution = tokenizer.encode_solution(prompt.solution)[:-1]  # without the stop token
-        length = hint_length(len(solution), algo, step=step, seed=seed * 1_000_003 + prompt.group_id)
+        drawn = rollout_seed(seed, prompt.group_id, NO_MEMBER)
+        length = hint_length(len(solution), algo, step=step, seed=drawn)
         hinted.append(replace(prompt, tokens=(*prompt.tokens, *solution[:length]), hint=length))
     return hinted
 

@@ -95,8 +95,10 @@ class Trainer:
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
         with self._timed("score"):
             metrics |= self.score(batch)
-        self.estimate_advantages(batch)
         skipped = nonfinite_values(batch)
+        if not skipped:
+            self.estimate_advantages(batch)
+            skipped = nonfinite_values(batch)
         if not skipped:
             metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):

@@ -90,6 +90,12 @@ def test_a_hint_ends_the_prompt_and_is_imitated(ranks: Ranks) -> None:
         assert batch.responses[hinted].startswith("a")  # the solution's first line, which the verifier reads too
 
 
+def test_hints_of_a_large_seed(ranks: Ranks) -> None:
+    config = tiny_config(*DEMONSTRATIONS["uft"], f"trainer.seed={2**53}")
+    (found,) = ranks(1, _hints, config)
+    assert any(batch.hint_mask.any() for batch, _, _ in found)
+
+
 @pytest.mark.parametrize("kind", DEMONSTRATIONS)
 @pytest.mark.parametrize(
     ("layout", "options"),

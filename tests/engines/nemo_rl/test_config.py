@@ -40,10 +40,15 @@ def test_a_good_configuration_passes() -> None:
         ("loss_fn.echorl", None, "loss_fn.echorl is missing: start from a recipe of conf/nemo_rl"),
         ("loss_fn.echorl.coeff", 1.0, "loss_fn.echorl.coeff: no such key; did you mean coef?"),
         ("loss_fn.echorl.span", "suffix", "loss_fn.echorl.span='suffix' is not known; use one of prefix"),
-        ("loss_fn.echorl.coef", "much", "loss_fn.echorl.coef=much must lie in"),
+        ("loss_fn.echorl.coef", "much", "loss_fn.echorl.coef='much' is not a number"),
         ("loss_fn.echorl.entropy_source", "rollout", "entropy_source=rollout: entropies come from the scoring pass"),
         ("loss_fn.echorl.fork_threshold", "running", "loss_fn.echorl.fork_threshold=running: NeMo-RL's checkpoints"),
-        ("loss_fn.echorl.coef_schedule", "linear", "keep nothing of EchoRL between steps; use constant or entropy"),
+        ("loss_fn.echorl.coef_schedule", "linear", "coef_schedule=linear with no steps to rise or fall in"),
+        (
+            "loss_fn.echorl",
+            {"coef_schedule": "linear", "coef_decay_steps": 9},
+            "keep nothing of EchoRL between steps; use constant or entropy",
+        ),
         ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
         ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),
         ("policy.megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true: there are no logits"),
@@ -80,6 +85,25 @@ def test_every_recipe_parses(recipe: str) -> None:
 
 def test_there_are_recipes() -> None:
     assert {"grpo_1.5b", "grpo_7b", "grpo_70b_vllm", "grpo_70b_trtllm"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("coef", "1e-3", "coef='1e-3' is a text and not a number; write it without quotes"),
+        ("coef", None, "coef=None is not a number; give a value"),
+        ("coef", [0.1], r"coef=\[0.1\] is not a number"),
+        ("enabled", "no", "enabled='no' is not true or false"),
+        ("seed", 2.5, "seed=2.5 is not a whole number"),
+        ("seed", True, "seed=True is not a whole number"),
+        ("span", ["prefix"], r"span=\['prefix'\] is not a text"),
+        ("coef_decay_steps", None, "coef_decay_steps=None is not a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: Any, message: str) -> None:
+    """NeMo-RL's configurations do not pass through our schema, which would convert or refuse."""
+    with pytest.raises(UserError, match=f"^loss_fn.echorl.{message}"):
+        echorl_config({"echorl": {key: value}})
 
 
 def test_missing_is_no_typo() -> None:
