@@ -71,6 +71,7 @@ class TrtllmRolloutEngine:
         self._places: list[Any] = []
         self._awake, self._mixed = True, False
         self._requests = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         if ranks.is_main:
             self._loop = asyncio.new_event_loop()
             self._api = load_api()
@@ -126,7 +127,10 @@ class TrtllmRolloutEngine:
         self._awake = True
 
     def close(self) -> None:
-        """Shut the engine down. If it does not end in time, Ray kills its workers with their placement group."""
+        """Shut the engine down. If it does not end in time, Ray kills its workers with their placement group.
+
+        The ranks' process group may be gone already.
+        """
         for llm in self._replicas:
             ending = threading.Thread(target=llm.shutdown, daemon=True)
             ending.start()
@@ -137,7 +141,7 @@ class TrtllmRolloutEngine:
             except self._api.failures as error:  # Ray itself has ended; the next call will report it
                 logging.getLogger(__name__).warning("the engine's placement groups could not be removed: %s", error)
         self._replicas, self._places = [], []
-        if self.ranks.is_main:
+        if self._loop is not None:
             self._loop.close()
 
     def waiting_tokens(self) -> int:
@@ -358,6 +362,7 @@ class TrtllmRolloutEngine:
         return result
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        assert self._loop is not None
         return self._loop.run_until_complete(self._in_time(work))
 
     async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
