@@ -48,6 +48,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "verify.timeouts": ("count", "Those of them that ran out of `data.reward_timeout`."),
     "time.PHASE": ("seconds", "Wall time of the phase: `generate`, `verify`, `score`, `update`; `step` is the whole."),
     "tokens_per_second": ("tokens/s", "Generated response tokens, of dropped groups too, over `time.step`."),
+    "memory.peak": ("GiB", "Most memory that torch held on the main rank's GPU since the start; only on a GPU."),
     "eval.accuracy": ("share", "Finished and right rollouts on `data.eval`, of all of its rollouts."),
     "eval.response_length": ("tokens", "Mean over those rollouts."),
     "eval.truncated": ("share", "Of those rollouts."),

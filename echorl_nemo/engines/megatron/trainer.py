@@ -115,6 +115,8 @@ class Trainer:
             "time.step": elapsed,
             "tokens_per_second": self.generated / elapsed,
         }
+        if self.parallel.device.type == "cuda":
+            metrics["memory.peak"] = torch.cuda.max_memory_allocated() / (1 << 30)
         if isinstance(self.rollout, RestartingEngine):
             metrics["rollout.restarts"] = float(self.rollout.restarts)
         return StepResult(metrics, batch, step_ids, skipped)
