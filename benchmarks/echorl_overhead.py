@@ -10,6 +10,7 @@ synchronisations; there the kernel's entropy sums cannot be left out, and scorin
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="of prompt and response")
+    parser.add_argument("--json", type=Path, help="file for the seconds of every repetition")
     args = parser.parse_args()
     if args.quick:
         args.vocabulary, args.hidden, args.tokens = 512, 32, 48
@@ -56,6 +58,8 @@ def main() -> None:
         batch = make_batch(args.vocabulary, args.rollouts, args.tokens)
         results = measure(policy, batch, args.repetitions)
         dist.destroy_process_group()
+    if args.json:
+        args.json.write_text(json.dumps(results) + "\n", encoding="utf-8")
     console = Console(width=120)
     console.print(
         f"{args.rollouts} rollouts x {args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, "

@@ -10,6 +10,7 @@ The floor is what copying the bytes that have to move would take: the logits rea
 
 import argparse
 import gc
+import json
 import resource
 import shutil
 import statistics
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a fresh process is asked for
     args = parser.parse_args()
     if args.memory_of:
@@ -51,7 +53,9 @@ def main() -> None:
     console = Console(width=150)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_machine()}")
     if torch.cuda.is_available():
-        console.print(gpu_table(args.repetitions))
+        figures = gpu_figures(args.repetitions)
+        _write(args.json, figures)
+        console.print(gpu_table(figures))
         return
     rows = []
     for tokens, vocabulary in QUICK_SHAPES if args.quick else SHAPES:
@@ -62,6 +66,7 @@ def main() -> None:
                     rows.append(
                         (world, *case, run_ranks(world, cpu_seconds, *case, not args.quick and _has_compiler()))
                     )
+    _write(args.json, {"device": _machine(), "cpu_seconds": [[*row[:-2], slowest(row[-1])] for row in rows]})
     console.print(cpu_table(rows))
     if not args.quick:
         console.print(memory_table())
@@ -92,12 +97,21 @@ def cpu_seconds(
     return seconds
 
 
+def slowest(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """The median of the slowest rank, by rival."""
+    return {name: max(statistics.median(rank[name]) for rank in ranks) for name in ranks[0]}
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
 def cpu_table(rows: list[tuple[Any, ...]]) -> Table:
     names = [name for name in rows[0][-1][0] if name != "copy"]
     table = Table("tokens x vocabulary", "TP", "logits", "entropy gradient", *names, "floor", title="CPU milliseconds")
     for world, tokens, vocabulary, dtype, entropy_grad, _, ranks in rows:
-        # the slowest rank's median
-        cost = {name: max(statistics.median(rank[name]) for rank in ranks) for name in ranks[0]}
+        cost = slowest(ranks)
         cells = [f"{1e3 * cost[name]:.1f} ({cost['naive'] / cost[name]:.2f})" for name in names]
         floor = f"{1e3 * 1.5 * cost['copy']:.1f}"
         table.add_row(f"{tokens} x {vocabulary}", str(world), dtype, "yes" if entropy_grad else "", *cells, floor)
@@ -132,30 +146,43 @@ def extra_memory(name: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB
 
 
-def gpu_table(repetitions: int) -> Table:
-    """Forward and backward apart, bf16, one GPU."""
+def gpu_figures(repetitions: int) -> dict[str, Any]:
+    """Forward and backward apart, bf16, one GPU: milliseconds, shares of the measured copy bandwidth, extra MiB."""
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
     parallel_state.initialize_model_parallel(1)
     group = parallel_state.get_tensor_model_parallel_group()
     logits, targets = _example(*GPU_SHAPE, GPU_SHAPE[1], torch.bfloat16, "cuda")
     size = logits.numel() * logits.element_size()
     bandwidth = 2 * size / _gpu_copy_milliseconds(logits, repetitions)  # bytes a millisecond
-    table = Table("", "forward ms", "of copy bandwidth", "backward ms", "of copy bandwidth", "extra MiB")
-    table.title = (
-        f"{torch.cuda.get_device_name()}, {GPU_SHAPE[0]} x {GPU_SHAPE[1]} bf16, copy {bandwidth / 1e9:.2f} TB/s"
-    )
-    for name, rival in available(compiler=True).items():
+    rivals = {}
+    for name, rival in available(compiler=_has_compiler()).items():
         forward, backward, extra = _gpu_rival(rival, logits, targets, group, repetitions)
+        rivals[name] = {
+            "forward_ms": forward,
+            "forward_of_copy": size / forward / bandwidth,
+            "backward_ms": backward,
+            "backward_of_copy": 2 * size / backward / bandwidth,
+            "extra_mib": extra / MIB,
+        }
+    dist.destroy_process_group()
+    return {"device": _machine(), "shape": GPU_SHAPE, "copy_tb_per_second": bandwidth / 1e9, "rivals": rivals}
+
+
+def gpu_table(figures: dict[str, Any]) -> Table:
+    table = Table("", "forward ms", "of copy bandwidth", "backward ms", "of copy bandwidth", "extra MiB")
+    tokens, vocabulary = figures["shape"]
+    copy = figures["copy_tb_per_second"]
+    table.title = f"{figures['device']}, {tokens} x {vocabulary} bf16, copy {copy:.2f} TB/s"
+    for name, row in figures["rivals"].items():
         table.add_row(
             name,
-            f"{forward:.2f}",
-            f"{size / forward / bandwidth:.0%}",
-            f"{backward:.2f}",
-            f"{2 * size / backward / bandwidth:.0%}",
-            f"{extra / MIB:.0f}",
+            f"{row['forward_ms']:.2f}",
+            f"{row['forward_of_copy']:.0%}",
+            f"{row['backward_ms']:.2f}",
+            f"{row['backward_of_copy']:.0%}",
+            f"{row['extra_mib']:.0f}",
         )
     table.caption = "bandwidth of the bytes that have to move: forward reads the logits, backward reads and writes them"
-    dist.destroy_process_group()
     return table
 
 

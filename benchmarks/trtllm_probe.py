@@ -9,10 +9,12 @@ entropy differs by more than the tolerance. Has run only against the tests' stub
 
 import argparse
 import asyncio
+import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the longest prompt")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(arguments)
     vocab_size = transformers.AutoConfig.from_pretrained(args.model).vocab_size
     engine = TrtllmRolloutEngine(
@@ -75,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratio = statistics.median(on / off for on, off in zip(speeds["on"], speeds["off"], strict=True))
     table.add_row("ratio, median of pairs", f"{ratio:.3f}")
     Console(width=110).print(table)
+    if args.json:
+        figures = {"largest_gap_nats": gap, "tokens": tokens, "tokens_per_second": speeds, "median_ratio": ratio}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     engine.close()
     return int(gap > TOLERANCE)
 

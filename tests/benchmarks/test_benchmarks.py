@@ -46,17 +46,6 @@ def test_all_rivals_compute_the_same(ranks: Callable[..., list[Any]], world: int
         torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [("loss_op", ["CPU milliseconds", "ours", "megatron", "floor"]), ("echorl_overhead", ["select clips", "update"])],
-)
-def test_a_benchmark_runs(module: str, expected: list[str], in_repository: Path) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--repetitions", "1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert all(text in result.stdout for text in expected)
-
-
 def test_the_probes_benchmark_runs_against_the_stub(tiny_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--model", str(tiny_chain / "model"), "--requests=8", "--prompt-tokens=20", "--new-tokens=16"]
     with stub_trtllm.install():
