@@ -19,17 +19,25 @@ CURRENT_READY := $(CURRENT)/.ready
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-aligner test-current test-wheel test-nemo-rl lint plan-environment clean
+.PHONY: quickstart test test-main test-engines test-rest test-aligner test-current test-wheel test-nemo-rl lint plan-environment clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
 	$(BIN)/echorl-nemo quickstart trainer.run_dir=$(RUN_DIR)
 	@echo "== open $(RUN_DIR)/report.html"
 
-test: test-main test-aligner
+# JOBS parts at a time, whose lines come mixed; each part ends with a summary of its own
+JOBS ?= 2
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) test-engines test-rest test-aligner
 
-test-main: $(READY)
-	$(BIN)/python -m pytest
+test-main: test-engines test-rest
+
+test-engines: $(READY)
+	$(BIN)/python -m pytest tests/engines
+
+test-rest: $(READY)
+	$(BIN)/python -m pytest --ignore=tests/engines
 
 # the engine against the real NeMo-Aligner, and the method beside Megatron-Core 0.10
 test-aligner: $(ALIGNER_READY)

@@ -128,8 +128,9 @@ def _rendezvous_folder() -> Iterator[Path]:
                 shutil.rmtree(left.parent)
         except OSError:  # another run's, or another user's
             continue
-    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name, (Path(name) / "lock").open("wb") as lock:
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name, (Path(name) / "new").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        (Path(name) / "new").rename(Path(name) / "lock")  # another launcher that starts now never sees it unlocked
         yield Path(name)
 
 
