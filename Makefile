@@ -56,8 +56,8 @@ test-wheel:
 # the plug-in against a real NeMo-RL: make test-nemo-rl NEMO_RL_HOME=/opt/nemo-rl NEMO_RL_PYTHON=python
 NEMO_RL_PYTHON ?= python
 test-nemo-rl:
-	PYTHONPATH=.:$(NEMO_RL_HOME) NEMO_RL_HOME=$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest tests/engines/nemo_rl
-	PYTHONPATH=.:$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest --noconftest -p tests.engines.nemo_rl.upstream_swap \
+	PYTHONPATH=.:$(NEMO_RL_HOME):$(PYTHONPATH) NEMO_RL_HOME=$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest tests/engines/nemo_rl
+	PYTHONPATH=.:$(NEMO_RL_HOME):$(PYTHONPATH) $(NEMO_RL_PYTHON) -m pytest --noconftest -p tests.engines.nemo_rl.upstream_swap \
 		$(NEMO_RL_HOME)/tests/unit/algorithms/test_loss_functions.py -k clipped_pg
 
 lint: $(READY)

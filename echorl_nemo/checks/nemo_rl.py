@@ -112,6 +112,11 @@ def host_problems(config: Any) -> list[str]:
     for key in ("use_fused_linear_logprobs", "use_linear_ce_fusion_loss"):
         if get(megatron, key):
             found.append(f"policy.megatron_cfg.{key}=true: there are no logits to take entropies from; use false")
+    if quantised := get(policy, "quant_cfg"):
+        found.append(
+            f"policy.quant_cfg={quantised}: a quantised policy has a worker of its own, in whose place EchoRL's would "
+            "train one that is not quantised; use null"
+        )
     if get(get(config, "data_plane") or {}, "enabled"):
         found.append("data_plane.enabled=true: that trainer does not pass the batch through the driver; use false")
     if get(grpo, "use_dynamic_sampling"):

@@ -40,7 +40,8 @@ class EchoClippedPGLossFn(ClippedPGLossFn):
         global_valid_toks: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """``next_token_logprobs`` [B, S - 1]; see `ClippedPGLossFn.__call__`. Metric `echorl/clip_loss`, nats.
+        """``next_token_logprobs`` [B, S - 1]; see `ClippedPGLossFn.__call__`. The metric `loss` holds the whole loss,
+        and `echorl/clip_loss` the clip loss without its coefficient, nats.
 
         Raises KeyError if the data has no `echo_weight`.
         """
@@ -54,4 +55,5 @@ class EchoClippedPGLossFn(ClippedPGLossFn):
         total = -(weight * logprobs).sum()
         count = global_valid_toks if self.loss_type.value == "token_level" else global_valid_seqs
         clip = total / torch.as_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1.0)
-        return loss + self.echorl_coef * clip, {**metrics, "echorl/clip_loss": clip.item()}
+        whole = loss + self.echorl_coef * clip
+        return whole, {**metrics, "loss": whole.item(), "echorl/clip_loss": clip.item()}

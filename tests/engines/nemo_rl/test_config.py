@@ -52,6 +52,7 @@ def test_a_good_configuration_passes() -> None:
         ("policy.megatron_cfg.enabled", False, "policy.megatron_cfg.enabled=false: exact entropies come from"),
         ("policy.megatron_cfg.use_fused_linear_logprobs", True, "use_fused_linear_logprobs=true: there are no logits"),
         ("policy.megatron_cfg.use_linear_ce_fusion_loss", True, "use_linear_ce_fusion_loss=true: there are no logits"),
+        ("policy.quant_cfg", "FP8_DEFAULT_CFG", "policy.quant_cfg=FP8_DEFAULT_CFG: a quantised policy has a worker of"),
         ("data_plane.enabled", True, "data_plane.enabled=true: that trainer does not pass the batch"),
         ("grpo.use_dynamic_sampling", True, "grpo.use_dynamic_sampling=true: it drops the all-correct groups"),
         ("loss_fn.force_on_policy_ratio", True, "loss_fn.force_on_policy_ratio=true: it skips the log-prob pass"),

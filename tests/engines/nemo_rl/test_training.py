@@ -113,6 +113,7 @@ def test_the_default_is_the_paper(seed: int) -> None:
     ]  # fmt: skip
     _, loss = paper(rows, {NEWLINE})
     assert sum(results["all_mb_metrics"]["echorl/clip_loss"]) == pytest.approx(loss, rel=1e-6)
+    assert sum(results["all_mb_metrics"]["loss"]) == pytest.approx(float(results["loss"]), rel=1e-6)
 
 
 def test_all_correct_gives_a_gradient_and_all_wrong_none() -> None:
