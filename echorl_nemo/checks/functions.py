@@ -1,7 +1,9 @@
 """Checks of functions that a user brings: `package.module:function` must name one that can be imported, and that
 returns what its place needs for a small example."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,21 +23,34 @@ def function_problems(config: RunConfig) -> list[str]:
 
     Verifiers are checked with the data.
     """
-    chosen: list[tuple[Registry, str, Callable[[RunConfig], None]]] = [
-        (ESTIMATORS, config.algo.estimator, _try_estimator),
-        (LOSSES, config.algo.loss, _try_loss),
-        (SPANS, config.echorl.span, _try_span),
+    chosen: list[tuple[Registry, str, str, Callable[[RunConfig], None]]] = [
+        (ESTIMATORS, config.algo.estimator, "rewards, group_ids, epsilon", _try_estimator),
+        (LOSSES, config.algo.loss, "log_ratio, inputs, config, mask", _try_loss),
+        (SPANS, config.echorl.span, "inputs", _try_span),
     ]
     problems = []
-    for registry, name, try_it in chosen:
+    for registry, name, arguments, try_it in chosen:
         try:
-            registry.load(name)
+            function = registry.load(name)
             if is_function_name(name):
+                _check_arguments(function, arguments)
                 try_it(config)
         except ValueError as error:
             text = str(error)
             problems.append(text if text.startswith(registry.key) else f"{registry.key}={name}: {text}")
     return problems
+
+
+def _check_arguments(function: Callable[..., Any], arguments: str) -> None:
+    """Raises ValueError if ``function`` cannot be called with ``arguments``, names with commas."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin may have none
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(f"it takes {signature}, and is called with ({arguments}): {error}") from error
 
 
 RESPONSE = 8

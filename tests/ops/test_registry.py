@@ -96,6 +96,11 @@ def test_a_function_of_the_users_own() -> None:
         (f"algo.loss='{HERE}:losses_alone'", f"algo.loss={HERE}:losses_alone returned Tensor; return two tensors"),
         (f"echorl.span='{HERE}:nothing'", f"echorl.span={HERE}:nothing returned NoneType; return a torch tensor of sh"),
         (f"echorl.span='{HERE}:as_numpy'", f"echorl.span={HERE}:as_numpy returned ndarray; return a torch tensor of s"),
+        (
+            f"echorl.span='{HERE}:one_value'",
+            f"echorl.span={HERE}:one_value: it takes (rewards: Any, group_ids: Any, epsilon: float) -> Any, and is "
+            "called with (inputs): missing a required argument: 'group_ids'",
+        ),
         (f"echorl.span='{HERE}:broken'", f"echorl.span={HERE}:broken: there is nothing here"),
     ],
 )
