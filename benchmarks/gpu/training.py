@@ -55,7 +55,7 @@ def long(work: Path, small: bool) -> dict[str, Any]:
     make_prompts(data, shape, prompts)
     overrides = [
         f"model.path={model}", f"data.train={data}", "data.reward=exact_line", "data.max_prompt_tokens=32",
-        # all responses are wrong, of which an estimator alone would learn nothing
+        # all responses are wrong, of which the estimator by itself learns nothing
         "algo.degenerate=zvp", f"rollout.max_new_tokens={tokens}", f"rollout.group_size={group}",
         f"rollout.batch_size={prompts * group}", f"trainer.prompts_per_step={prompts}",
         f"trainer.minibatch_prompts={prompts}", "trainer.micro_batch_size=1", "trainer.recompute=selective",
@@ -108,7 +108,7 @@ def resume(work: Path, small: bool) -> dict[str, Any]:
 
 
 def oom(work: Path, small: bool) -> dict[str, Any]:
-    """A micro-batch whose logits alone need 99 GB: the run must end with the rank's trace, and soon."""
+    """A micro-batch whose logits need 99 GB: the run must end with the rank's trace, and soon."""
     shape, model, data, run_dir = HALF_BILLION, work / "model", work / "prompts.jsonl", work / "runs" / "oom"
     if not (model / "config.json").is_file():
         make_model(model, shape, positions=4160)
