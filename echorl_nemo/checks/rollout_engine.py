@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from echorl_nemo.rollout.trtllm.api import REFUSED
+from echorl_nemo.checks.packages import is_installed
+from echorl_nemo.rollout.trtllm.api import REFUSED, load_api
 from echorl_nemo.schema import RunConfig
 
 
@@ -37,10 +38,12 @@ def rollout_problems(config: RunConfig) -> list[str]:
                 "that"
             )
         needs = algo.importance == "rollout" or algo.tis_cap or algo.icepop_low or algo.icepop_high
-        if needs and rollout.temperature != 1.0:
+        plain = rollout.top_p == 1.0 and rollout.top_k == 0
+        if needs and rollout.temperature != 1.0 and not (plain and _may_give_processed_logprobs()):
             problems.append(
-                f"rollout.temperature={rollout.temperature}: TensorRT-LLM's log-probs are those of temperature 1, and "
-                "algo.importance=rollout, tis_cap and icepop need those that were sampled from; use 1"
+                f"rollout.temperature={rollout.temperature}: TensorRT-LLM's log-probs are those of temperature 1 (all "
+                "of those without logprobs_mode, and with top_p or top_k), and algo.importance=rollout, tis_cap and "
+                "icepop need those that were sampled from; use 1"
             )
     if algo.importance == "rollout" and echorl.enabled and echorl.entropy_source != "rollout":
         problems.append(
@@ -53,6 +56,12 @@ def rollout_problems(config: RunConfig) -> list[str]:
             "solution; use entropy_source=policy"
         )
     return problems
+
+
+def _may_give_processed_logprobs() -> bool:
+    """Whether the installed TensorRT-LLM returns log-probs after temperature. True if it is not installed: the ranks'
+    environment, where the run is checked again, may be another one."""
+    return not is_installed("tensorrt_llm") or load_api().processed_logprobs
 
 
 def refused_problems(extra: Mapping[str, Any], field: str) -> list[str]:

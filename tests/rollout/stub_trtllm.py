@@ -1,11 +1,6 @@
-"""A stub of TensorRT-LLM, which cannot be installed here: AsyncLLM over a PyExecutor that behaves like the real one
-where the probe could go wrong, with a transformers model behind it.
-
-Like the real one: chunked prefill with a row of logits for every context request; generation rows after them; rows of
-padding for CUDA graphs; the overlap scheduler, which launches a step before the tokens of the one before are known, and
-so one step too many for a finished request; requests that are paused and prefilled again, their token in flight
-discarded; aborts; client ids; logits before temperature, in bf16 if asked, -inf for masked entries; an extension class
-mixed into the worker; weights that are reloaded in parts. What it has not: more than one worker, CUDA, Ray's processes.
+"""A stub of TensorRT-LLM, which cannot be installed here: AsyncLLM over the executor of `stub_executor`, which behaves
+like the real one where the probe could go wrong. An extension class is mixed into the worker. What it has not: more
+than one worker, CUDA, Ray's processes.
 
 `install()` puts it in place of tensorrt_llm and ray.
 """
@@ -21,8 +16,9 @@ from enum import Enum
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
+
+from tests.rollout import stub_executor
+from tests.rollout.stub_executor import AugustModelEngine, Behaviour, LlmRequest, ModelEngine, PyExecutor
 
 
 @dataclass
@@ -49,6 +45,13 @@ class SamplingParams(OldSamplingParams):
 
 
 @dataclass
+class AugustSamplingParams(SamplingParams):
+    """Of August 2026."""
+
+    logprobs_mode: str = "raw"
+
+
+@dataclass
 class SleepConfig:
     restore_modes: dict[Any, str] = field(default_factory=dict)
 
@@ -59,38 +62,6 @@ class ExecutorMemoryType(Enum):
     PRIVATE = "_private"
 
 
-@dataclass
-class Behaviour:
-    """What the stub does besides generating."""
-
-    chunk_tokens: int = 5
-    """Prompt tokens of a request that one step prefills."""
-    max_active: int = 64
-    overlap: bool = True
-    pause: float = 0.0
-    """Probability for each step that a running request is paused."""
-    padding_rows: int = 3
-    dtype: torch.dtype = torch.float32
-    masked: tuple[int, ...] = ()
-    """Vocabulary entries whose logits are -inf."""
-    # faults
-    drop_logits: bool = False
-    shard_logits: bool = False
-    no_client_ids: bool = False
-    shift_rows: bool = False
-    """The sampler takes other rows than the requests'."""
-    spec_decode: bool = False
-    dies_after: int | None = None
-    """Steps of an engine after which its workers are dead."""
-    hangs_after: int | None = None
-    """Steps of an engine after which it stands still."""
-    faulty_engines: int = 1
-    """The first engines, which have those two faults."""
-    fail_refit_after: int | None = None
-    """Buckets that are taken over before one fails."""
-
-
-BEHAVIOUR = Behaviour()
 REMOVED_PLACES: list[Any] = []
 
 
@@ -98,217 +69,14 @@ class RayError(Exception):
     """What Ray raises for an actor that died."""
 
 
-@dataclass
-class LlmRequest:
-    """What the probe reads of a request, and what the stub needs."""
+class WorkerExtension:
+    """TensorRT-LLM's own, of August 2026."""
 
-    py_client_id: int | None
-    tokens: list[int]
-    """Prompt and known response tokens."""
-    prompt_length: int
-    parameters: Any
-    generator: torch.Generator
-    context_current_position: int = 0
-    context_length: int = 0
-    """Tokens to prefill: the prompt's, and after a pause those generated so far."""
-    py_batch_idx: int | None = None
-    py_return_context_logits: bool = False
-    in_flight: int | None = None
-    """A sampled token that the host does not know yet."""
-    logprobs: list[Any] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    finish_reason: str | None = None
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    engine: Any
 
-    @property
-    def context_chunk_size(self) -> int:
-        return min(BEHAVIOUR.chunk_tokens, self.context_length - self.context_current_position)
-
-    @property
-    def is_last_context_chunk(self) -> bool:
-        return self.context_current_position + self.context_chunk_size >= self.context_length
-
-    @property
-    def in_context(self) -> bool:
-        return self.context_current_position < self.context_length
-
-    @property
-    def max_beam_num_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def response(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-
-class ModelLoader:
-    def __init__(self) -> None:
-        self.buckets = 0
-
-    def reload(self, model: Any, weights: dict[str, Tensor], allow_partial_loading: bool = False) -> None:
-        if BEHAVIOUR.fail_refit_after is not None and self.buckets >= BEHAVIOUR.fail_refit_after:
-            raise RuntimeError("out of memory")
-        self.buckets += 1
-        _, unexpected = model.load_state_dict(weights, strict=not allow_partial_loading)
-        assert not unexpected, unexpected
-
-
-class ModelEngine:
-    def __init__(self, path: str) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32).eval()
-        self.model_loader = ModelLoader()
-        self.is_spec_decode = BEHAVIOUR.spec_decode
-        self.forwards = 0
-
-    @torch.no_grad()
-    def forward(
-        self, scheduled_requests: Any, resource_manager: Any, new_tensors_device: Any = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """A row for every context request and every generation request, then padding."""
-        self.forwards += 1
-        rows = []
-        for request in scheduled_requests.context_requests:
-            rows.append(request.tokens[: request.context_current_position + request.context_chunk_size])
-            request.py_batch_idx = 0
-        for request in scheduled_requests.generation_requests:
-            known = new_tensors_device is None or request.py_batch_idx is None
-            rows.append(request.tokens if known else [*request.tokens, new_tensors_device[id(request)]])
-            request.py_batch_idx = 0
-        logits = self._last_logits(rows)
-        logits[:, list(BEHAVIOUR.masked)] = -torch.inf
-        if not scheduled_requests.context_requests:
-            logits = torch.cat([logits, torch.randn(BEHAVIOUR.padding_rows, logits.shape[1], dtype=logits.dtype)])
-        if BEHAVIOUR.shard_logits:
-            logits = logits.chunk(2, dim=1)[0]
-        return {} if BEHAVIOUR.drop_logits else {"logits": logits}
-
-    def _last_logits(self, rows: list[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for row, values in zip(tokens, rows, strict=True):
-            row[: len(values)] = torch.tensor(values)
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-        logits = self.model(tokens, attention_mask=mask.long()).logits
-        return logits[torch.arange(len(rows)), lengths - 1].to(BEHAVIOUR.dtype)
-
-
-class PyExecutor:
-    """Steps through the requests; see the module's text for what it imitates."""
-
-    def __init__(self, path: str) -> None:
-        self.model_engine = ModelEngine(path)
-        self.active: list[LlmRequest] = []
-        self.waiting: list[LlmRequest] = []
-        self._pending: list[tuple[LlmRequest, Tensor, int]] = []
-        self._random = torch.Generator().manual_seed(0)
-        self.prefix_resets = 0
-        self.stale_prefixes = False
-        """Memory was released, and what its blocks held forgotten."""
-        self.paused = self.extra_rows = 0
-
-    @contextmanager
-    def control_action(self) -> Iterator[None]:
-        assert not self.active and not self._pending, "requests are running"
-        yield
-
-    def reset_prefix_cache(self) -> None:
-        self.prefix_resets += 1
-        self.stale_prefixes = False
-
-    def step(self) -> None:
-        assert not self.stale_prefixes, "the prefix cache was used after its memory had been released"
-        while self.waiting and len(self.active) < BEHAVIOUR.max_active:
-            self.active.append(self.waiting.pop(0))
-        self._pause_one()
-        context = [request for request in self.active if request.in_context]
-        # those without a token in flight come first, as in the real batch
-        generation = sorted(
-            (request for request in self.active if not request.in_context),
-            key=lambda request: request.in_flight is not None,
-        )
-        produced: list[tuple[LlmRequest, Tensor, int]] = []
-        if context or generation:
-            in_flight = {id(request): request.in_flight for request in generation if request.in_flight is not None}
-            batch = types.SimpleNamespace(context_requests=context, generation_requests=generation)
-            for request in generation:
-                if request.in_flight is None:
-                    request.py_batch_idx = None
-            outputs = self.model_engine.forward(batch, None, in_flight or None)
-            logits = outputs.get("logits", torch.zeros(len(context) + len(generation), 40))
-            if BEHAVIOUR.shift_rows:
-                logits = logits[: len(context) + len(generation)].roll(1, dims=0)
-            row = 0
-            for request in context:
-                last = request.is_last_context_chunk
-                request.context_current_position += request.context_chunk_size
-                if last:
-                    produced.append((request, logits[row], len(request.tokens)))
-                row += 1
-            for request in generation:
-                produced.append((request, logits[row], len(request.tokens) + (request.in_flight is not None)))
-                row += 1
-        if not BEHAVIOUR.overlap:
-            self._finish_step(produced)
-            return
-        self._finish_step(self._pending)
-        self._pending = []
-        for request, row_logits, position in produced:
-            if request.finish_reason is not None:
-                self.extra_rows += 1
-            elif position == len(request.tokens):  # not a request that was paused meanwhile
-                request.in_flight = _sample(row_logits, request)
-                self._pending.append((request, row_logits, position))
-
-    def _finish_step(self, produced: list[tuple[LlmRequest, Tensor, int]]) -> None:
-        for request, logits, position in produced:
-            if request.finish_reason is not None or request.in_context or position != len(request.tokens):
-                continue
-            token = request.in_flight if BEHAVIOUR.overlap else _sample(logits, request)
-            assert token is not None
-            request.in_flight = None
-            request.tokens.append(token)
-            request.logits.append(logits)
-            request.logprobs.append(_logprob(logits, token, request.parameters))
-            stop = token in (request.parameters.stop_token_ids or []) and not request.parameters.ignore_eos
-            if stop or len(request.response) >= request.parameters.max_tokens:
-                self.finish(request, "stop" if stop else "length")
-
-    def finish(self, request: LlmRequest, reason: str) -> None:
-        request.finish_reason = reason
-        self.active = [other for other in self.active if other is not request]
-        self.waiting = [other for other in self.waiting if other is not request]
-        request.done.set()
-
-    def _pause_one(self) -> None:
-        """The token in flight is discarded, and drawn again after the request was prefilled again."""
-        running = [request for request in self.active if not request.in_context]
-        if running and float(torch.rand(1, generator=self._random)) < BEHAVIOUR.pause:
-            request = running[int(torch.randint(len(running), (1,), generator=self._random))]
-            request.context_current_position, request.context_length = 0, len(request.tokens)
-            request.in_flight = request.py_batch_idx = None
-            self._pending = [entry for entry in self._pending if entry[0] is not request]
-            self.paused += 1
-
-
-def _sample(logits: Tensor, request: LlmRequest) -> int:
-    if request.parameters.temperature in (None, 0):
-        return int(logits.argmax())
-    probs = (logits.double() / request.parameters.temperature).softmax(dim=-1)
-    return int(torch.multinomial(probs, 1, generator=request.generator))
-
-
-def _logprob(logits: Tensor, token: int, parameters: Any) -> Any:
-    """Of temperature 1, as the real sampler gives it."""
-    logs = logits.double().log_softmax(dim=-1)
-    if getattr(parameters, "logprobs_simple_format", False):
-        return float(logs[token])
-    if parameters.logprobs is None:
-        return None
-    top = int(logs.argmax())
-    entries = {top: types.SimpleNamespace(logprob=float(logs[top]), rank=1)}
-    if isinstance(parameters, SamplingParams):  # the older generation leaves the sampled token out
-        entries[token] = types.SimpleNamespace(logprob=float(logs[token]), rank=None)
-    return entries
+    def finalize_weight_update(self) -> None:
+        self.engine.model_engine.model_loader.finalize_update_weights()
+        self.engine.model_engine.model_loader.calls.append("upstream")
 
 
 class RayGPUWorker:
@@ -370,6 +138,8 @@ class AsyncLLM:
     """One worker; every created one is kept in `created`."""
 
     created: list["AsyncLLM"] = []  # noqa: RUF012  a test looks at them
+    starting = most_starting = 0
+    """Engines that load now, and the most that did at a time."""
     accepted = ARGUMENTS | NEW_ARGUMENTS
 
     def __init__(self, **kwargs: Any) -> None:
@@ -391,6 +161,10 @@ class AsyncLLM:
         AsyncLLM.created.append(self)
 
     async def setup_async(self) -> None:
+        AsyncLLM.starting += 1
+        AsyncLLM.most_starting = max(AsyncLLM.most_starting, AsyncLLM.starting)
+        await asyncio.sleep(0)  # loading
+        AsyncLLM.starting -= 1
         self.ready = True
 
     def generate_async(self, inputs: dict[str, Any], sampling_params: Any) -> RequestOutput:
@@ -399,7 +173,7 @@ class AsyncLLM:
         assert len(prompt) + sampling_params.max_tokens <= self.arguments["max_seq_len"] + 8
         self._next_id += 1
         request = LlmRequest(
-            py_client_id=None if BEHAVIOUR.no_client_ids else self._next_id,
+            py_client_id=None if stub_executor.BEHAVIOUR.no_client_ids else self._next_id,
             tokens=prompt,
             prompt_length=len(prompt),
             parameters=sampling_params,
@@ -413,14 +187,14 @@ class AsyncLLM:
 
     async def _steps(self) -> None:
         engine = self.worker.engine
-        faulty = AsyncLLM.created.index(self) < BEHAVIOUR.faulty_engines
+        faulty = AsyncLLM.created.index(self) < stub_executor.BEHAVIOUR.faulty_engines
         while engine.waiting or engine.active or engine._pending:
-            if faulty and self.steps == BEHAVIOUR.dies_after:
+            if faulty and self.steps == stub_executor.BEHAVIOUR.dies_after:
                 self.failure = RayError("the actor died: exit code 139")
                 for request in (*engine.waiting, *engine.active):
                     request.done.set()
                 return
-            if faulty and self.steps == BEHAVIOUR.hangs_after:
+            if faulty and self.steps == stub_executor.BEHAVIOUR.hangs_after:
                 await asyncio.Event().wait()
             engine.step()
             self.steps += 1
@@ -451,21 +225,27 @@ class OldAsyncLLM(AsyncLLM):
 
 
 @contextmanager
-def install(behaviour: Behaviour | None = None, *, old: bool = False) -> Iterator[type[AsyncLLM]]:
-    """Import `tensorrt_llm` and `ray` as the stub, of the newer or the ``old`` generation, behaving as asked."""
-    global BEHAVIOUR
-    BEHAVIOUR = behaviour or Behaviour()
+def install(behaviour: Behaviour | None = None, *, old: bool = False, august: bool = False) -> Iterator[type[AsyncLLM]]:
+    """Import `tensorrt_llm` and `ray` as the stub, of March 2026, of the ``old`` generation before or that of
+    ``august``, behaving as asked."""
+    PyExecutor.model_engine_class = AugustModelEngine if august else ModelEngine
+    stub_executor.BEHAVIOUR = behaviour or Behaviour()
     AsyncLLM.created.clear()
+    AsyncLLM.starting = AsyncLLM.most_starting = 0
     REMOVED_PLACES.clear()
     modules = {name: types.ModuleType(name) for name in (
         "tensorrt_llm", "tensorrt_llm.llmapi", "tensorrt_llm.llmapi.llm_args", "tensorrt_llm._torch",
-        "tensorrt_llm._torch.virtual_memory", "ray", "ray.exceptions", "ray.util", "ray.util.placement_group",
+        "tensorrt_llm._torch.virtual_memory", "tensorrt_llm.llmapi.rlhf_utils", "ray", "ray.exceptions", "ray.util",
+        "ray.util.placement_group",
     )}  # fmt: skip
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="stub_trtllm.py")
     root: Any = modules["tensorrt_llm"]
-    root.__version__ = "1.2.0" if old else "1.3.0rc21"
+    root.__version__ = "1.2.0" if old else "1.3.0" if august else "1.3.0rc21"
     root.AsyncLLM, root.SamplingParams = (OldAsyncLLM, OldSamplingParams) if old else (AsyncLLM, SamplingParams)
+    if august:
+        root.SamplingParams = AugustSamplingParams
+        modules["tensorrt_llm.llmapi.rlhf_utils"].__dict__["WorkerExtension"] = WorkerExtension
     args: Any = modules["tensorrt_llm.llmapi.llm_args"]
     modules["tensorrt_llm.llmapi"].__dict__["llm_args"] = args
     if old:

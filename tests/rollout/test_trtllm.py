@@ -17,9 +17,11 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
 from echorl_nemo.rollout.trtllm.api import load_api
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
+from echorl_nemo.rollout.trtllm.refit import begin_refit, check_loaded
 from echorl_nemo.rollout.trtllm.transfer import weight_buckets
 from tests.rollout import stub_trtllm
-from tests.rollout.stub_trtllm import AsyncLLM, Behaviour
+from tests.rollout.stub_executor import Behaviour
+from tests.rollout.stub_trtllm import AsyncLLM
 
 CONTRACT = Path(__file__).resolve().parents[2] / "echorl_nemo" / "rollout" / "trtllm" / "contract.json"
 
@@ -59,15 +61,23 @@ def prompts(made: TrtllmRolloutEngine, count: int = 6) -> list[Prompt]:
     return [Prompt(tuple(made.tokenizer.encode(text)), text, "0", n) for n, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_both_generations_of_the_api(tiny_chain: Path, old: bool) -> None:
-    with stub_trtllm.install(old=old):
+GENERATIONS: dict[str, dict[str, Any]] = {"1.2": {"old": True}, "March 2026": {}, "August 2026": {"august": True}}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_generation_of_the_api(tiny_chain: Path, generation: str) -> None:
+    old = generation == "1.2"
+    with stub_trtllm.install(**GENERATIONS[generation]):
         api = load_api()
         assert api.simple_logprobs is not old and (api.sleep_config is None) is old
+        assert api.processed_logprobs is (generation == "August 2026")
         assert api.memory_tags == ("model_weights_main", "kv_cache")
         made = engine(tiny_chain, trtllm=TrtllmConfig(replicas=2))
         arguments = AsyncLLM.created[0].arguments
         assert ("enable_sleep" in arguments) is old and ("sleep_config" in arguments) is not old
+        if not old:
+            modes = {tag.name: mode for tag, mode in arguments["sleep_config"].restore_modes.items()}
+            assert modes == {"MODEL_WEIGHTS_MAIN": "PINNED", "KV_CACHE": "NONE"}
         assert arguments["max_input_len"] == 36 and arguments["per_worker_gpu_share"] == 0.5
         batch = made.generate(prompts(made), 4, seed=3)
         assert batch.group_ids.tolist() == [n for n in range(6) for _ in range(4)]
@@ -78,6 +88,12 @@ def test_both_generations_of_the_api(tiny_chain: Path, old: bool) -> None:
         assert not torch.equal(made.generate(prompts(made), 4, seed=4).tokens, batch.tokens)
         made.close()
         assert all(llm.closed for llm in AsyncLLM.created)
+
+
+def test_replicas_load_at_once(tiny_chain: Path) -> None:
+    with stub_trtllm.install():
+        engine(tiny_chain, trtllm=TrtllmConfig(replicas=3)).close()
+        assert AsyncLLM.most_starting == 3 and all(llm.ready and llm.closed for llm in AsyncLLM.created)
 
 
 def test_stop_tokens_are_kept_and_the_rest_is_truncated(tiny_chain: Path) -> None:
@@ -101,6 +117,64 @@ def test_another_temperature_keeps_no_numbers_that_are_not_its_own(tiny_chain: P
         batch = cooler.generate(prompts(cooler), 1, seed=0)
         assert batch.rollout_logprobs is None and batch.entropies is not None
         cooler.close()
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}, {}])
+def test_log_probs_after_temperature(tiny_chain: Path, settings: dict[str, Any]) -> None:
+    """Where the engine can give them, and only temperature changes the distribution."""
+    with stub_trtllm.install(august=True):
+        cooler = engine(tiny_chain, temperature=0.5, **settings)
+        batch = cooler.generate(prompts(cooler), 4, seed=0)
+        model = AsyncLLM.created[0].worker.engine.model_engine.model
+        cooler.close()
+    if settings:
+        assert batch.rollout_logprobs is None
+        return
+    assert batch.rollout_logprobs is not None and batch.entropies is not None
+    with torch.no_grad():
+        logits = model(batch.tokens).logits[:, :-1].double()
+    logs = (logits / 0.5).log_softmax(dim=-1)
+    expected = logs.gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    mask = batch.response_mask[:, 1:]
+    assert (batch.rollout_logprobs[:, 1:].double() - expected)[mask].abs().max() < 1e-5
+    entropies = -(logs.exp() * logs).sum(dim=-1)
+    assert (batch.entropies[:, 1:].double() - entropies)[mask].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_requests_that_the_engine_makes_itself_are_left_out(tiny_chain: Path, generation: str) -> None:
+    batches = []
+    for behaviour in (Behaviour(), Behaviour(warm_up_again=True)):
+        with stub_trtllm.install(behaviour, **GENERATIONS[generation]):
+            made = engine(tiny_chain)
+            batches.append(made.generate(prompts(made), 4, seed=0))
+            made.close()
+    assert torch.equal(batches[0].tokens, batches[1].tokens)
+    assert batches[0].entropies is not None and batches[1].entropies is not None
+    torch.testing.assert_close(batches[0].entropies, batches[1].entropies, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("_places", "the engine's requests cannot be read: TypeError: no such layout"),
+        ("entropy_and_max_logprob", "the engine's logits cannot be read: TypeError: no such layout"),
+    ],
+)
+def test_an_error_of_the_probe_does_not_end_the_engine(
+    tiny_chain: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise TypeError("no such layout")
+
+        monkeypatch.setattr(f"echorl_nemo.rollout.trtllm.probe.{name}", broken)
+        with pytest.raises(RuntimeError, match=message):
+            made.generate(prompts(made), 2, seed=0)
+        executor = AsyncLLM.created[0].worker.engine
+        assert not executor.active and AsyncLLM.created[0].failure is None  # every request was finished
 
 
 def test_bf16_and_masked_logits(tiny_chain: Path) -> None:
@@ -201,6 +275,71 @@ def test_a_partial_refit_is_fatal(tiny_chain: Path, caplog: pytest.LogCaptureFix
             made.generate(prompts(made), 2, seed=0)
 
 
+def _all_weights(value: float) -> Weights:
+    model = AsyncLLM.created[0].worker.engine.model_engine.model
+    return Weights(**{name: torch.full_like(weight, value) for name, weight in model.named_parameters()})
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_refit_in_every_generation(tiny_chain: Path, generation: str) -> None:
+    with stub_trtllm.install(**GENERATIONS[generation]):
+        made = engine(tiny_chain, trtllm=TrtllmConfig(refit_bucket_mb=1))
+        executor = AsyncLLM.created[0].worker.engine
+        for value in (0.25, 0.5):
+            made.update_weights(_all_weights(value))
+            model = executor.model_engine.model
+            assert all(bool((weight == value).all()) for weight in model.parameters())
+        if generation == "August 2026":
+            one = ["unwrap", "begin", "finalize", "upstream", "restore"]
+            assert executor.model_engine.model_loader.calls == one * 2
+        assert executor.prefix_resets == 2
+
+
+def test_a_refit_that_fails_is_aborted(tiny_chain: Path) -> None:
+    with stub_trtllm.install(Behaviour(fail_refit_after=0), august=True):
+        made = engine(tiny_chain)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.update_weights(_all_weights(0.5))
+        loader = AsyncLLM.created[0].worker.engine.model_engine.model_loader
+        assert loader.calls == ["unwrap", "begin", "abort"] and not loader.open
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("model.layers.1.",), r"refit: 12 of \d+ parameters kept their old weights, such as model.layers.1."),
+        (("model.", "lm_head."), r"refit: (\d+) of \1 parameters kept their old weights"),
+    ],
+)
+def test_weights_that_are_lost_without_an_error_are_noticed(
+    tiny_chain: Path, generation: str, lost: tuple[str, ...], message: str
+) -> None:
+    with stub_trtllm.install(Behaviour(lost_weights=lost), **GENERATIONS[generation]):
+        made = engine(tiny_chain)
+        before = {
+            name: w.clone() for name, w in AsyncLLM.created[0].worker.engine.model_engine.model.named_parameters()
+        }
+        with pytest.raises(RuntimeError, match=message):
+            made.update_weights(_all_weights(0.5))
+        after = dict(AsyncLLM.created[0].worker.engine.model_engine.model.named_parameters())
+        for name, weight in before.items():  # a mark is not left in the weights
+            assert torch.equal(after[name], weight if name.startswith(lost) else torch.full_like(weight, 0.5))
+        with pytest.raises(RuntimeError, match="a mixture of old and new weights"):
+            made.generate(prompts(made), 2, seed=0)
+
+
+def test_a_weight_under_torch_compile_is_looked_for_by_its_own_name() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    model._modules["0"] = torch.nn.ModuleDict({"_orig_mod": model._modules["0"]})
+    loader = type("Loader", (), {})()
+    refit = begin_refit(type("Engine", (), {"model": model, "model_loader": loader})())
+    assert list(refit.kept) == ["0._orig_mod.weight"]
+    refit.sent.add("0.weight")
+    with pytest.raises(RuntimeError, match="1 of 1 parameters kept their old weights, such as 0._orig_mod.weight"):
+        check_loaded(model, refit)
+
+
 def test_weights_that_a_worker_did_not_take(tiny_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with stub_trtllm.install():
         made = engine(tiny_chain)
@@ -227,7 +366,8 @@ def test_the_contract_names_what_the_adapter_uses() -> None:
     contract = json.loads(CONTRACT.read_text())
     source = "".join(path.read_text() for path in CONTRACT.parent.glob("*.py"))
     for entry in contract["names"]:
-        for name in [*entry["attributes"], *entry["parameters"]]:
+        either = [name for names in entry.get("one_of", []) for name in names]
+        for name in [*entry["attributes"], *entry["parameters"], *either, *entry.get("newer", [])]:
             assert name in source, f"{entry['of']}.{name} is in the contract and not used"
 
 
@@ -248,4 +388,5 @@ def test_the_contract_holds_for_the_installed_version() -> None:
         }
         wanted = {*entry["attributes"], *entry["parameters"]}
         problems += [f"{entry['of']}.{name} not in {entry['files']}" for name in sorted(wanted - found)]
+        problems += [f"{entry['of']}: none of {names}" for names in entry.get("one_of", []) if not found & set(names)]
     assert not problems

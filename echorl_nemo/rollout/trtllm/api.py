@@ -21,6 +21,8 @@ REFUSED: dict[str, str] = {
     "orchestrator_type": "the probe needs Ray workers",
     "ray_worker_extension_cls": "the probe is this class",
     "guided_decoding_config": "guided decoding changes the logits before sampling",
+    "torch_compile_config": "a compiled model may lose the weights of a refit, without a word",
+    "enable_fast_sampler": "it samples inside forward and divides the logits in place",
 }
 """Arguments of AsyncLLM under which entropies would be wrong or missing, with the reason."""
 
@@ -41,6 +43,12 @@ class TrtllmApi:
     simple_logprobs: bool
     """Whether the sampled token's log-prob is returned as a number. In older versions it is one of the top-K, or
     missing."""
+    processed_logprobs: bool
+    """Whether log-probs after temperature can be asked for (`logprobs_mode`, of 2026); otherwise they are those of
+    temperature 1."""
+    restore_modes: Mapping[Any, str]
+    """Where the memory's content is kept while its GPU memory is released, for `sleep_config`: weights in the host's
+    memory, since an evaluation may wake the engine without a refit; the cache nowhere."""
 
 
 def load_api() -> TrtllmApi:
@@ -58,6 +66,8 @@ def load_api() -> TrtllmApi:
     memory_type: Any = getattr(llm_args, "ExecutorMemoryType", None)
     if memory_type is None:
         memory_type = importlib.import_module("tensorrt_llm._torch.virtual_memory").ExecutorMemoryType
+    modes = {"MODEL_WEIGHTS_MAIN": "PINNED", "KV_CACHE": "NONE"}
+    parameters = _parameters(tensorrt_llm.SamplingParams)
     return TrtllmApi(
         version=str(tensorrt_llm.__version__),
         async_llm=tensorrt_llm.AsyncLLM,
@@ -66,7 +76,9 @@ def load_api() -> TrtllmApi:
         # names that begin with an underscore are internal to TensorRT-LLM
         memory_tags=tuple(tag.value for tag in memory_type if not tag.value.startswith("_")),
         failures=(RuntimeError, OSError, RayError),  # TensorRT-LLM's RequestError is the first
-        simple_logprobs="logprobs_simple_format" in _parameters(tensorrt_llm.SamplingParams),
+        simple_logprobs="logprobs_simple_format" in parameters,
+        processed_logprobs="logprobs_mode" in parameters,
+        restore_modes={memory_type[name]: mode for name, mode in modes.items() if name in memory_type.__members__},
     )
 
 
@@ -99,7 +111,7 @@ def llm_arguments(
         **placement,
     }
     if colocated and api.sleep_config is not None:
-        arguments["sleep_config"] = api.sleep_config()
+        arguments["sleep_config"] = api.sleep_config(restore_modes=dict(api.restore_modes))
     elif colocated:
         # the sampler and all-reduce of those versions that can be paused
         arguments |= {"enable_sleep": True, "allreduce_strategy": "NCCL", "sampler_type": "TRTLLMSampler"}
@@ -116,9 +128,10 @@ def sampling_arguments(
     stop_ids: tuple[int, ...],
     seed: int,
     top_logprob: bool,
+    processed: bool,
 ) -> dict[str, Any]:
     """The arguments of SamplingParams for one rollout. ``top_logprob``: whether to return the likeliest token's
-    log-prob too."""
+    log-prob too. ``processed``: whether log-probs are those after temperature."""
     arguments: dict[str, Any] = {
         "n": 1,
         "temperature": temperature,
@@ -130,6 +143,7 @@ def sampling_arguments(
         "include_stop_str_in_output": True,
         "detokenize": False,
         "seed": seed,
+        **({"logprobs_mode": "processed"} if processed else {}),
     }
     if api.simple_logprobs and not top_logprob:
         return {**arguments, "logprobs": 0, "logprobs_simple_format": True}

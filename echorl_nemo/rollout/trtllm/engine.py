@@ -105,7 +105,7 @@ class TrtllmRolloutEngine:
             for bucket in weight_buckets(policy.named_weights(), self.config.trtllm.refit_bucket_mb << 20):
                 self._send(bucket, policy.device_key)
                 sent += len(bucket)
-            self._ask(lambda _: self._on_workers("echorl_refit_finish"))
+            self._ask(lambda _: self._finish_refit())
             self._mixed = False
         finally:
             if self._mixed and self.ranks.is_main:
@@ -169,9 +169,8 @@ class TrtllmRolloutEngine:
                 placement=placement,
                 extra=settings.extra,
             )
-            llm = api.async_llm(**arguments)
-            await llm.setup_async()
-            self._replicas.append(llm)
+            self._replicas.append(api.async_llm(**arguments))
+        await asyncio.gather(*(llm.setup_async() for llm in self._replicas))  # each loads the whole model
         devices = await self.install_probe()
         for llm in self._replicas:
             await self._canary(llm)
@@ -194,7 +193,7 @@ class TrtllmRolloutEngine:
         assert self._api is not None
         arguments = sampling_arguments(
             self._api, temperature=self.temperature, top_p=1.0, top_k=0, max_tokens=CANARY_TOKENS,
-            stop_ids=(), seed=0, top_logprob=False,
+            stop_ids=(), seed=0, top_logprob=False, processed=False,
         )  # fmt: skip
         prompt = self.tokenizer.encode("1")
         parameters = self._api.sampling_params(**arguments, return_generation_logits=True, ignore_eos=True)
@@ -250,7 +249,9 @@ class TrtllmRolloutEngine:
         assert self._api is not None
         self._requests += 1
         every = round(1 / self.config.check_share) if self.config.check_share else 0
-        checked = bool(every) and self._requests % every == 0 and temperature == self.temperature == 1.0
+        processed = self._processed(temperature)
+        checked = bool(every) and self._requests % every == 0 and temperature == self.temperature
+        checked = checked and (temperature == 1.0 or processed)
         parameters = self._api.sampling_params(
             **sampling_arguments(
                 self._api,
@@ -261,6 +262,7 @@ class TrtllmRolloutEngine:
                 stop_ids=tuple(self.tokenizer.stop_ids),
                 seed=rollout_seed(seed, prompt.group_id, member) >> 32,
                 top_logprob=checked,
+                processed=processed,
             )
         )
         llm = self._replicas[number % len(self._replicas)]
@@ -271,6 +273,12 @@ class TrtllmRolloutEngine:
             pending.abort()
             await llm.collective_rpc("echorl_discard", args=([pending.request_id],))
             raise
+
+    def _processed(self, temperature: float) -> bool:
+        """Whether the engine is asked for log-probs after temperature: where it can, and nothing else than temperature
+        changes the distribution. At temperature 1 they are the same."""
+        plain = self.config.top_p == 1.0 and self.config.top_k == 0
+        return self._api is not None and self._api.processed_logprobs and plain and temperature not in (0.0, 1.0)
 
     def _rollout(self, output: Any, statistics: Tensor, *, checked: bool) -> Rollout:
         result = output.outputs[0]
@@ -301,8 +309,11 @@ class TrtllmRolloutEngine:
             if rollout.logprobs is not None:
                 logprobs[row, start:end] = torch.tensor(rollout.logprobs)
         positions = torch.arange(width)
-        # the engine's log-probs are those of temperature 1, and the probe's entropies of the configured one
-        known = temperature == 1.0 and all(rollout.logprobs is not None for rollout in rollouts)
+        # the engine's log-probs are those of temperature 1, if it cannot be asked for others, and the probe's entropies
+        # those of the configured one
+        known = (temperature == 1.0 or self._processed(temperature)) and all(
+            rollout.logprobs is not None for rollout in rollouts
+        )
         return RolloutBatch(
             tokens=tokens,
             response_mask=(positions >= prompts[:, None]) & (positions < lengths[:, None]),
@@ -319,7 +330,8 @@ class TrtllmRolloutEngine:
     async def _pop(self, llm: Any, requests: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
         """The statistics of finished requests, which every worker of the replica then drops."""
         answers = await llm.collective_rpc("echorl_pop", args=(requests,))
-        return {request: torch.tensor(values).view(-1, 2) for request, values in answers[0].items()}
+        order, values = answers[0]
+        return dict(zip(order, values.split([requests[request][1] for request in order]), strict=True))
 
     def _send(self, bucket: Sequence[tuple[str, Tensor]], device_key: str) -> None:
         """Let every worker load a bucket. The ranks keep its memory until all workers have."""
@@ -333,6 +345,13 @@ class TrtllmRolloutEngine:
         counts = await self._on_workers("echorl_refit", by_device)
         if any(taken != count for taken in counts):
             raise RuntimeError(f"refit: workers loaded {counts} of a bucket's {count} weights")
+
+    async def _finish_refit(self) -> None:
+        counts = await self._on_workers("echorl_refit_finish")
+        if min(counts) < max(counts):
+            raise RuntimeError(
+                f"refit: workers loaded {counts} parameters; all of a model's workers have the same number"
+            )
 
     async def _resume(self, api: TrtllmApi) -> None:
         await self._on_replicas("resume", list(api.memory_tags))

@@ -12,7 +12,8 @@ GPU workers, so that it imports only torch and `ops`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from echorl_nemo.ops import entropy_and_max_logprob
 
+DUMMY_MARKS = ("is_dummy_request", "is_attention_dp_dummy", "is_cuda_graph_dummy")
+"""Attributes of requests that the engine makes itself (TensorRT-LLM, pyexecutor/llm_request.py)."""
 CLOSED = 1 << 16
 """Number of popped or discarded requests that are remembered. Rows that come for them later are dropped."""
 
@@ -107,13 +110,25 @@ class EntropyProbe:
         self._keep(None, *self._collect())
         return self._rows
 
-    def _watched_forward(self, scheduled_requests: Any, *args: Any, **kwargs: Any) -> Any:
-        # before the call, which changes the requests' state
-        places = _places(scheduled_requests, _new_tensors(args, kwargs))
-        outputs = self._forward(scheduled_requests, *args, **kwargs)
-        if not self.failure:
-            self.failure = self._record(places, outputs)
+    def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
+        places: list[tuple[int, int | None, int]] = []
+        watched = not self.failure and not getattr(self._model_engine, "is_warmup", False)
+        if watched:  # before the call, which changes the requests' state
+            with self._noting_failures("the engine's requests cannot be read"):
+                places = _places(_scheduled_requests(args, kwargs), _new_tensors(args, kwargs))
+        outputs = self._forward(*args, **kwargs)
+        if watched and not self.failure:
+            with self._noting_failures("the engine's logits cannot be read"):
+                self.failure = self._record(places, outputs)
         return outputs
+
+    @contextmanager
+    def _noting_failures(self, what: str) -> Iterator[None]:
+        """Keep an error as `failure`: raised inside the engine's loop, it would end the engine without its cause."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  whatever it is, the next `pop` raises it
+            self.failure = f"{what}: {type(error).__name__}: {error}; use echorl.entropy_source=policy"
 
     def _record(self, places: list[tuple[int, int | None, int]], outputs: Any) -> str:
         """Keep the rows of a step. Returns a problem; empty if there is none."""
@@ -171,7 +186,8 @@ class EntropyProbe:
 def _places(scheduled_requests: Any, new_tensors: Any) -> list[tuple[int, int | None, int]]:
     """(row of the logits, client id, position of the produced token) for each request that produces a token.
 
-    A chunk of a prompt that is not its last has a row too, and produces nothing. With the overlap scheduler the token
+    A chunk of a prompt that is not its last has a row too, and produces nothing; so have requests that the engine makes
+    itself, for warm-up and to fill CUDA graphs. With the overlap scheduler the token
     before may still be on the device (`py_batch_idx` is set and the call brings new tensors): the request then counts
     one token less than it has (TensorRT-LLM, pyexecutor/model_engine.py, _prepare_tp_inputs).
     """
@@ -181,20 +197,30 @@ def _places(scheduled_requests: Any, new_tensors: Any) -> list[tuple[int, int | 
         end = request.context_current_position + request.context_chunk_size
         if request.py_return_context_logits:
             row += request.context_chunk_size - 1
-        if request.is_last_context_chunk:
+        if request.is_last_context_chunk and not _is_dummy(request):
             places.append((row, request.py_client_id, end))
         row += 1
     for request in scheduled_requests.generation_requests:
         in_flight = new_tensors is not None and request.py_batch_idx is not None
-        places.append((row, request.py_client_id, request.max_beam_num_tokens + int(in_flight)))
+        if not _is_dummy(request):
+            places.append((row, request.py_client_id, request.max_beam_num_tokens + int(in_flight)))
         row += 1
     return places
 
 
+def _is_dummy(request: Any) -> bool:
+    return any(getattr(request, name, False) for name in DUMMY_MARKS)
+
+
+def _scheduled_requests(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of forward(scheduled_requests, resource_manager, new_tensors_device=None, ...), whose name is
+    `batch` since August 2026."""
+    return args[0] if args else kwargs["batch" if "batch" in kwargs else "scheduled_requests"]
+
+
 def _new_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The argument `new_tensors_device` of forward(scheduled_requests, resource_manager, new_tensors_device=None,
-    ...)."""
-    return args[1] if len(args) > 1 else kwargs.get("new_tensors_device")
+    """The argument `new_tensors_device` of forward, the third."""
+    return args[2] if len(args) > 2 else kwargs.get("new_tensors_device")
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:

@@ -4,13 +4,15 @@ The combined class has `self.engine` (PyExecutor) and `self.device_id`. TensorRT
 so that ours begin with `echorl_`. The module imports only torch and our modules that do the same.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from echorl_nemo.rollout.trtllm.probe import EntropyProbe
+from echorl_nemo.rollout.trtllm.refit import Refit, begin_refit, call_if_there, check_loaded, finalize_refit
 
 CUDA_DEVICE_ARGUMENT = 6
 """Index of the device among the arguments of torch's rebuild_cuda_tensor (torch.multiprocessing.reductions)."""
@@ -22,7 +24,7 @@ class EchoWorkerExtension:
     engine: Any
     device_id: int
     _echorl_probe: EntropyProbe | None = None
-    _echorl_refitting: bool = False
+    _echorl_refit: Refit | None = None
 
     def echorl_install(self, vocab_size: int, temperature: float, max_rows: int) -> dict[str, Any]:
         """Install the probe if there is none, and return what the trainer checks: the GPU, and whether decoding is
@@ -45,9 +47,10 @@ class EchoWorkerExtension:
             return "cpu"
         return str(torch.cuda.get_device_properties(self.device_id).uuid)
 
-    def echorl_pop(self, requests: Mapping[int, tuple[int, int]]) -> dict[int, list[list[float]]]:
-        """See `EntropyProbe.pop`."""
-        return {request: values.tolist() for request, values in self._probe.pop(requests).items()}
+    def echorl_pop(self, requests: Mapping[int, tuple[int, int]]) -> tuple[list[int], Tensor]:
+        """See `EntropyProbe.pop`: the client ids in order, and their rows in that order as one [tokens, 2] float32."""
+        popped = self._probe.pop(requests)
+        return list(popped), torch.cat([torch.zeros(0, 2), *popped.values()])
 
     def echorl_discard(self, requests: Iterable[int]) -> None:
         """See `EntropyProbe.discard`."""
@@ -69,10 +72,10 @@ class EchoWorkerExtension:
             raise KeyError(f"no weights for the worker on GPU {device}: no rank of the trainer is on it")
         weights = {name: self._rebuild(*handle) for name, handle in handles[device]}
         model_engine = self.engine.model_engine
-        with self.engine.control_action():
-            if not self._echorl_refitting:
-                _call_hooks(model_engine.model, "pre_reload_weights")
-                self._echorl_refitting = True
+        with self.engine.control_action(), self._refit_or_abort():
+            if self._echorl_refit is None:
+                self._echorl_refit = begin_refit(model_engine)
+            self._echorl_refit.sent.update(weights)
             model_engine.model_loader.reload(model_engine.model, weights, allow_partial_loading=True)
         count = len(weights)
         del weights
@@ -81,14 +84,32 @@ class EchoWorkerExtension:
             torch.cuda.ipc_collect()
         return count
 
-    def echorl_refit_finish(self) -> None:
-        """Finish loading after the last bucket, and clear the cache of prefixes, which the old weights filled."""
-        model = self.engine.model_engine.model
-        with self.engine.control_action():
-            _call_hooks(model, "process_weights_after_loading")
-            _call_hooks(model, "post_load_weights")
+    def echorl_refit_finish(self) -> int:
+        """Finish loading after the last bucket, and clear the cache of prefixes, which the old weights filled. Returns
+        the number of the engine's parameters that were loaded. Raises RuntimeError if one of the weights sent has a
+        parameter of its name that was not loaded."""
+        model_engine = self.engine.model_engine
+        with self.engine.control_action(), self._refit_or_abort():
+            if self._echorl_refit is None:
+                raise RuntimeError("there is no refit to finish: no bucket of weights came before")
+            loaded = check_loaded(model_engine.model, self._echorl_refit)
+            finalize_refit(self)
             self.engine.reset_prefix_cache()
-            self._echorl_refitting = False
+            call_if_there(
+                model_engine, "restore_compiled_model_after_refit", getattr(self.engine, "resource_manager", None)
+            )
+            self._echorl_refit = None
+        return loaded
+
+    @contextmanager
+    def _refit_or_abort(self) -> Iterator[None]:
+        """Let the engine's loader release what it holds of a refit that fails."""
+        try:
+            yield
+        except BaseException:
+            self._echorl_refit = None
+            call_if_there(self.engine.model_engine.model_loader, "abort_update_weights")
+            raise
 
     def echorl_forget_prefixes(self) -> None:
         """Clear the cache of prefixes after its memory was freed: its blocks are back without their content."""
@@ -108,11 +129,3 @@ class EchoWorkerExtension:
             )  # fmt: skip
         tensor: Tensor = function(*arguments)
         return tensor
-
-
-def _call_hooks(model: Any, name: str) -> None:
-    """Call the method ``name`` of all modules that have it, like TensorRT-LLM's WorkerExtension.update_weights
-    (llmapi/rlhf_utils.py)."""
-    for module in model.modules():
-        if hasattr(module, name) and not getattr(module, "_weights_removed", False):
-            getattr(module, name)()

@@ -20,7 +20,7 @@ from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config, trainer_of
 from tests.rollout import stub_trtllm
-from tests.rollout.stub_trtllm import Behaviour
+from tests.rollout.stub_executor import Behaviour
 
 TRTLLM = ["rollout.engine=trtllm", "rollout.max_new_tokens=40"]
 TRUSTED = [*TRTLLM, "echorl.entropy_source=rollout", "algo.importance=rollout"]
@@ -107,8 +107,8 @@ def test_entropies_are_the_scoring_passs(ranks: Callable[..., list[Any]], behavi
     assert result["paused"] > 100 and (result["extra_rows"] > 500) == behaviour.overlap
 
 
-def _train(config: RunConfig, behaviour: Behaviour) -> dict[str, Any]:
-    with stub_trtllm.install(behaviour):
+def _train(config: RunConfig, behaviour: Behaviour, august: bool = False) -> dict[str, Any]:
+    with stub_trtllm.install(behaviour, august=august):
         trainer = trainer_of(config)
         steps = []
         for _ in range(3):
@@ -138,6 +138,18 @@ def test_training_with_trusted_rollouts(ranks: Callable[..., list[Any]], layout:
             assert metrics["rollout.entropy_gap"] < 1e-4 and metrics["rollout.logprob_gap"] < 1e-4
             assert metrics["grad_norm"] > 0 and metrics["echorl.clips"] > 0
             assert metrics["kl_old"] < 1e-6
+
+
+def test_training_at_another_temperature_trusts_log_probs_after_it(ranks: Callable[..., list[Any]]) -> None:
+    """Which TensorRT-LLM of August 2026 gives; the version before is refused."""
+    overrides = [*TRUSTED, "rollout.temperature=0.7", "trainer.lr=1e-3", "rollout.check_share=0.1"]
+    with stub_trtllm.install(august=True):
+        config = tiny_config(*overrides)
+        checked_inputs(config)
+    (result,) = ranks(1, _train, config, HARD, True)
+    for metrics in result["metrics"]:
+        assert metrics["rollout.entropy_gap"] < 1e-4 and metrics["rollout.logprob_gap"] < 1e-4
+        assert metrics["kl_old"] < 1e-6
 
 
 def _clips(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +222,8 @@ def test_the_engine_sleeps_while_the_policy_trains(ranks: Callable[..., list[Any
     [
         (["+rollout.trtllm.extra.speculative_config={max_draft_len: 3}"], "with speculative decoding a step's logits"),
         (["+rollout.trtllm.extra.pipeline_parallel_size=2"], "pipeline_parallel_size=2: with pipeline parallelism"),
+        (["+rollout.trtllm.extra.torch_compile_config={}"], "a compiled model may lose the weights of a refit"),
+        (["+rollout.trtllm.extra.enable_fast_sampler=true"], "enable_fast_sampler=True: it samples inside forward"),
         (["+rollout.trtllm.extra.max_beam_width=4"], "max_beam_width=4: several beams share a request; leave it out"),
         (["+rollout.trtllm.extra.enable_attention_dp=true"], "enable_attention_dp=True: with attention data"),
         (["+rollout.trtllm.extra.orchestrator_type=rpc"], "orchestrator_type='rpc': the probe needs Ray workers"),
