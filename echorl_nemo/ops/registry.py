@@ -41,7 +41,7 @@ class Registry:
                 f"{self.key}={name}: it cannot be imported: {error}; check its name and PYTHONPATH"
             ) from error
         if not callable(found):
-            raise ValueError(f"{self.key}={name}: it is {found!r}, which cannot be called; name a function")
+            raise ValueError(f"{self.key}={name} is not a function: it is {found!r}; name one")
         return found
 
 

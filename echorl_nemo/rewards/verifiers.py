@@ -37,8 +37,6 @@ def find_verifier(name: str) -> Verifier:
         if isinstance(error, ValueError) and str(error).startswith(VERIFIERS.key):
             raise UserError(str(error)) from error
         raise UserError(f"verifier={name}: it cannot be imported: {error!r}; check its name and PYTHONPATH") from error
-    if not callable(verifier):
-        raise UserError(f"verifier={name}: it is not a function of (response, answer); name one")
     if _positional(verifier) not in (2, 3):
         raise UserError(
             f"verifier={name}: it is not a function of (response, answer) or (response, answer, row); change its "

@@ -89,7 +89,7 @@ def test_a_function_of_the_users_own() -> None:
         ("algo.estimator='nowhere:f'", "algo.estimator=nowhere:f: it cannot be imported: No module named 'nowhere'"),
         ("algo.loss='tests.ops.test_registry:none'", "algo.loss=tests.ops.test_registry:none: it cannot be imported"),
         ("echorl.span='tests.nowhere:f'", "echorl.span=tests.nowhere:f: it cannot be imported"),
-        ("echorl.span='math:pi'", "echorl.span=math:pi: it is 3.14159"),
+        ("echorl.span='math:pi'", "echorl.span=math:pi is not a function: it is 3.14159"),
         (f"algo.estimator='{HERE}:nothing'", f"algo.estimator={HERE}:nothing returned NoneType; return a torch tensor"),
         (f"algo.estimator='{HERE}:one_value'", f"algo.estimator={HERE}:one_value returned shape []; return a tensor"),
         (f"algo.loss='{HERE}:nothing'", f"algo.loss={HERE}:nothing returned NoneType; return two tensors"),
