@@ -14,6 +14,7 @@ MOUNTS=${MOUNTS:-}
 SRUN_OPTIONS=${SRUN_OPTIONS:-}
 PYTHON=${PYTHON:-python}
 MAX_RESTARTS_WITHOUT_PROGRESS=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
+SAVE_MARGIN_SECONDS=${SAVE_MARGIN_SECONDS:-1500}
 EXIT_REQUEUE=75 # of ranks that have saved and want to be started again
 if [[ ${CONTAINER_RUNTIME} == none ]]; then
     HOME_OF_RANKS=${ECHORL_HOME}
@@ -67,6 +68,9 @@ check_settings() {
         in_mounts "${SLURM_SUBMIT_DIR}" || fail "MOUNTS=${MOUNTS}: ray.sub works in ${SLURM_SUBMIT_DIR}, where sbatch was called, also inside the container; add it"
         in_mounts "${RUN_DIR}" || fail "MOUNTS=${MOUNTS}: RUN_DIR=${RUN_DIR} is not in the container; add it"
         [[ -f ${NEMO_RL_HOME:-}/ray.sub ]] || fail "NEMO_RL_HOME=${NEMO_RL_HOME:-}: name a checkout of NeMo-RL v0.7.0 on shared storage; no ray.sub is there"
+        [[ $(nemo_rl_version) =~ ^0\.[678]$ ]] || fail "NEMO_RL_HOME=${NEMO_RL_HOME}: it holds NeMo-RL '$(nemo_rl_version)'; use a checkout of v0.7.0, or of 0.6 or 0.8"
+        [[ -n ${SLURM_JOB_ACCOUNT:-} ]] || fail "SLURM_JOB_ACCOUNT is not set, which NeMo-RL's ray.sub reads; use sbatch --account=NAME, or export it"
+        [[ ${SAVE_MARGIN_SECONDS} =~ ^[0-9]+$ ]] || fail "SAVE_MARGIN_SECONDS=${SAVE_MARGIN_SECONDS}: use a whole number of seconds"
     fi
     [[ -f ${ECHORL_HOME}/slurm/check_node.sh ]] || fail "ECHORL_HOME=${ECHORL_HOME}: no checkout of echorl_nemo"
     local argument key
@@ -80,6 +84,11 @@ check_settings() {
             cluster.gpus_per_node) fail "${argument}: the script sets it; use GPUS_PER_NODE=${argument#*=} and sbatch --gpus-per-node=${argument#*=}" ;;
         esac
     done
+}
+
+# MAJOR.MINOR of the checkout.
+nemo_rl_version() {
+    sed -n 's/^\(MAJOR\|MINOR\) *= *//p' "${NEMO_RL_HOME}/nemo_rl/package_info.py" 2> /dev/null | paste -sd . || true
 }
 
 # Whether a folder has the same path inside the container.
@@ -140,17 +149,19 @@ check_nodes() {
 
 # What would fail fails here, within seconds; writes the command of the run to RUN_DIR/launch.
 make_plan() {
-    local settings=() options=()
+    local settings=() options=() code=0
     if [[ ${ENGINE} == nemo_rl ]]; then
         settings=(algo=nemo_rl rollout=vllm) # as much of the configuration as it has
     elif [[ ${ENGINE} == megatron && (-e ${RUN_DIR}/metrics.jsonl || -e ${RUN_DIR}/checkpoints) ]]; then
         settings=(trainer.resume=true)
     fi
     [[ ${PLAN_PYTHON} == "${PYTHON}" ]] || options=(--packages-elsewhere)
-    run_in_container 1 1 "${PLAN_PYTHON}" -m echorl_nemo plan "${options[@]}" --config-name "${CONFIG}" --launch "${RUN_DIR}/launch" \
+    # shellcheck disable=SC2016  # for the container's shell
+    run_in_container 1 1 bash -c 'command -v "$0" > /dev/null || exit 127; exec "$0" "$@"' "${PLAN_PYTHON}" -m echorl_nemo plan "${options[@]}" --config-name "${CONFIG}" --launch "${RUN_DIR}/launch" \
         "engine=${ENGINE}" "cluster.nodes=${SLURM_JOB_NUM_NODES}" "cluster.gpus_per_node=${RANKS_PER_NODE}" \
-        "trainer.run_dir=${RUN_DIR}" "${settings[@]}" "$@" \
-        || fail "the plan found problems, see above; nothing was started"
+        "trainer.run_dir=${RUN_DIR}" "${settings[@]}" "$@" || code=$?
+    ((code != 127)) || fail "PLAN_PYTHON=${PLAN_PYTHON}: there is no such program${CONTAINER:+ in CONTAINER=${CONTAINER}}; build the image with the Dockerfile (slurm/README.md, Images), or name an environment with the native engine's libraries"
+    ((code == 0)) || fail "the plan found problems, see above; nothing was started"
 }
 
 # run_in_container NODES TASKS_PER_NODE COMMAND...
@@ -234,10 +245,27 @@ wait_for() {
     done
 }
 
+# How long NeMo-RL may train before it saves and ends, DD:HH:MM:SS from its start; empty without a time limit.
+time_to_save() {
+    local left
+    [[ -n ${SLURM_JOB_END_TIME} ]] || return 0
+    left=$((SLURM_JOB_END_TIME - $(date +%s) - SAVE_MARGIN_SECONDS))
+    ((left > 0)) || fail "SAVE_MARGIN_SECONDS=${SAVE_MARGIN_SECONDS}: the job ends before; use less, or sbatch --time= with more"
+    printf '%02d:%02d:%02d:%02d' $((left / 86400)) $((left % 86400 / 3600)) $((left % 3600 / 60)) $((left % 60))
+}
+
+# The step of NeMo-RL's newest checkpoint; 0 if there is none.
+newest_step() {
+    find "${RUN_DIR}/checkpoints" -mindepth 1 -maxdepth 1 -name 'step_*' -printf '%f\n' 2> /dev/null | sed 's/^step_//' | sort -n | tail -n 1 | grep . || echo 0
+}
+
 # NeMo-RL's own launcher starts Ray on every node and the command on the first.
 start_on_ray() {
-    local command
+    local command limit steps
     mapfile -t command < "${RUN_DIR}/launch/command.txt"
+    steps=$(printf '%s\n' "${command[@]}" | sed -n 's/^++grpo.max_num_steps=//p')
+    limit=$(time_to_save)
+    [[ -z ${limit} ]] || command+=("++checkpointing.checkpoint_must_save_by=\"${limit}\"")
     COMMAND="cd /opt/nemo-rl && PYTHONPATH=${HOME_OF_RANKS}:\${PYTHONPATH:-} uv run --no-sync python $(printf '%q ' "${command[@]}")"
     export COMMAND CONTAINER MOUNTS
     # of a fresh attempt: ray.sub takes an old one's files for its own
@@ -246,11 +274,12 @@ start_on_ray() {
     say "${NEMO_RL_HOME}/ray.sub: ${COMMAND}"
     local code=0
     bash "${NEMO_RL_HOME}/ray.sub" &
-    # NeMo-RL takes no signals: it ends by itself at checkpointing.checkpoint_must_save_by, and then the job is put back
+    # NeMo-RL takes no signals: it saves and ends by itself, with code 0, before the limit
     trap 'stopping=USR1 signalled=1' USR1
     trap 'stopping=TERM signalled=1' TERM
     wait_for "$!" || code=$?
     [[ -z ${stopping} ]] || put_back "${stopping} came, ray.sub ended with ${code}"
     ((code == 0)) || fail "ray.sub ended with ${code}; see ${BASE_LOG_DIR}"
+    (($(newest_step) >= steps)) || put_back "NeMo-RL ended at step $(newest_step) of ${steps}"
     say "the run is done"
 }

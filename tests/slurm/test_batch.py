@@ -1,6 +1,7 @@
 """The shipped batch scripts under a real Slurm, with the tiny model and only the documented variables."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,10 @@ def until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
             {"ENGINE": "nemo_rl", "CONTAINER": "image", "MOUNTS": "/:/"},
             "error: NEMO_RL_HOME=: name a checkout of NeMo-RL v0.7.0",
         ),
+        (
+            {"PLAN_PYTHON": "/nowhere/python"},
+            "error: PLAN_PYTHON=/nowhere/python: there is no such program; build the image with the Dockerfile",
+        ),
         ({"GPUS_PER_NODE": "2"}, "n1: no nvidia-smi"),
         ({"MIN_TMP_GB": "1000000"}, "GB free, 1000000 wanted"),
     ],
@@ -198,6 +203,81 @@ def test_a_wrong_setting_is_reported(cluster: Cluster, tmp_path: Path, variables
     log = tmp_path / "log"
     job = submit(cluster, SCRIPTS[0].name, log=log, options=(), **{"RUN_DIR": str(tmp_path / "run"), **variables})
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=30)["JobState"] == "FAILED"
+    assert message in log.read_text()
+
+
+RAY_SUB = """
+set -u
+: "${SLURM_JOB_ACCOUNT}" "${CONTAINER}" "${MOUNTS}"
+echo "ray.sub got ${COMMAND}"
+attempt=$(ls -d "${RUN_DIR}"/ray/attempt-* | wc -l)
+mkdir -p "${RUN_DIR}/checkpoints/step_$((3 * attempt))"
+"""
+"""In the place of NeMo-RL's: saves a checkpoint and ends before the limit, in each attempt three steps further."""
+WITHOUT_PYXIS = """#!/bin/bash
+for argument in "$@"; do
+    [[ ${argument} == --container-* || ${argument} == --no-container-* ]] || kept+=("${argument}")
+done
+exec /usr/bin/srun "${kept[@]}"
+"""
+"""An srun that leaves out pyxis's options."""
+
+
+def nemo_rl_variables(tmp_path: Path, version: str = "MAJOR = 0\nMINOR = 7\nPATCH = 0\n") -> dict[str, str]:
+    home, programs = tmp_path / "nemo-rl", tmp_path / "programs"
+    for folder in (home / "nemo_rl", programs):
+        folder.mkdir(parents=True)
+    (home / "ray.sub").write_text(RAY_SUB)
+    (home / "nemo_rl" / "package_info.py").write_text(version)
+    (programs / "srun").write_text(WITHOUT_PYXIS)
+    (programs / "srun").chmod(0o755)
+    return {
+        "ENGINE": "nemo_rl", "CONFIG": "train", "CONTAINER": "image", "MOUNTS": "/:/", "NEMO_RL_HOME": str(home),
+        "ECHORL_IN_CONTAINER": str(REPOSITORY), "PLAN_PYTHON": sys.executable, "SLURM_JOB_ACCOUNT": "project",
+        "RUN_DIR": str(tmp_path / "run"), "SAVE_MARGIN_SECONDS": "600",
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }  # fmt: skip
+
+
+NEMO_RL = [
+    "model=tiny-chain", "data=tiny-chain", "data.reward=math", "data.eval=null", "trainer.steps=6",
+    "trainer.prompts_per_step=4", "trainer.minibatch_prompts=4", "rollout.max_new_tokens=60", "parallel.tensor=1",
+    "parallel.pipeline=1",
+]  # fmt: skip
+
+
+def test_nemo_rl_saves_before_its_time_limit_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = submit(cluster, SCRIPTS[0].name, *NEMO_RL, log=log, options=("--time=20",), **nemo_rl_variables(tmp_path))
+    until(lambda: log.exists() and "put back in the queue" in log.read_text(), seconds=120, log=log)
+    start_again(cluster, job, log)
+    state = cluster.wait(job, "COMPLETED", "FAILED", seconds=120)["JobState"]
+    printed = log.read_text()
+    assert state == "COMPLETED", printed
+    assert "NeMo-RL ended at step 3 of 6: put back in the queue" in printed and "the run is done" in printed
+    limits = re.findall(r"ray.sub got .*checkpoint_must_save_by=\W*00:00:(\d\d):(\d\d)", printed)
+    assert len(limits) == 2
+    for minutes, seconds in limits:  # of 20 minutes, less the margin and what the script took
+        assert 420 < 60 * int(minutes) + int(seconds) <= 600
+
+
+@pytest.mark.parametrize(
+    ("version", "changed", "message"),
+    [
+        ("MAJOR = 0\nMINOR = 4\n", {}, "it holds NeMo-RL '0.4'; use a checkout of v0.7.0, or of 0.6 or 0.8"),
+        ("", {}, "it holds NeMo-RL ''; use a checkout of v0.7.0"),
+        ("MAJOR = 0\nMINOR = 7\n", {"SLURM_JOB_ACCOUNT": ""}, "SLURM_JOB_ACCOUNT is not set, which NeMo-RL's ray.sub"),
+        ("MAJOR = 0\nMINOR = 7\n", {"SAVE_MARGIN_SECONDS": "5m"}, "SAVE_MARGIN_SECONDS=5m: use a whole number"),
+        ("MAJOR = 0\nMINOR = 7\n", {"SAVE_MARGIN_SECONDS": "99999"}, "SAVE_MARGIN_SECONDS=99999: the job ends before"),
+    ],
+)
+def test_what_nemo_rl_needs_is_checked(
+    cluster: Cluster, tmp_path: Path, version: str, changed: dict[str, str], message: str
+) -> None:
+    log = tmp_path / "log"
+    variables = {**nemo_rl_variables(tmp_path, version), **changed}
+    job = submit(cluster, SCRIPTS[0].name, *NEMO_RL, log=log, options=("--time=20",), **variables)
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=60)["JobState"] == "FAILED"
     assert message in log.read_text()
 
 
