@@ -109,8 +109,8 @@ def _type_problem(value: Any, annotation: Any) -> str:
     kind = kinds[0]
     if value is None:
         return "" if type(None) in allowed else f"is not {KINDS[kind]}; give a value"
-    fits = type(value) in ((int, float) if kind is float else (kind,))
-    if fits:
+    wanted = (int, float) if kind is float else kind
+    if isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)):
         return ""
     if isinstance(value, str) and kind in (int, float) and NUMBER.fullmatch(value):
         return f"is a text and not {KINDS[kind]}; write it without quotes, and a power of ten with a point: 1.0e-3"

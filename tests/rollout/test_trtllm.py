@@ -390,3 +390,16 @@ def test_the_contract_holds_for_the_installed_version() -> None:
         problems += [f"{entry['of']}.{name} not in {entry['files']}" for name in sorted(wanted - found)]
         problems += [f"{entry['of']}: none of {names}" for names in entry.get("one_of", []) if not found & set(names)]
     assert not problems
+
+
+def test_marks_in_tensors_of_inference_mode_and_without_memory() -> None:
+    with torch.inference_mode():
+        model = torch.nn.Linear(2, 3)
+    model.register_parameter("later", torch.nn.Parameter(torch.empty(2, device="meta")))
+    before = model.weight.clone()
+    refit = begin_refit(type("Engine", (), {"model": model, "model_loader": type("Loader", (), {})()})())
+    assert set(refit.kept) == {"weight", "bias"} and bool(model.weight.isnan().sum() == 1)
+    with torch.inference_mode():
+        model.bias.zero_()
+    assert check_loaded(model, refit) == 1
+    assert torch.equal(model.weight, before)

@@ -31,7 +31,7 @@ class Refit:
     """Hugging Face names of the weights that came so far."""
 
 
-@torch.no_grad()
+@torch.inference_mode()  # the engine's parameters may be tensors of that mode, which nothing else may change
 def begin_refit(model_engine: Any) -> Refit:
     """Prepare the engine's model for new weights, and mark its parameters."""
     call_if_there(model_engine, "unwrap_compiled_model_for_refit")  # since August 2026
@@ -39,13 +39,13 @@ def begin_refit(model_engine: Any) -> Refit:
     call_hooks(model_engine.model, "pre_reload_weights")
     kept = {}
     for name, parameter in model_engine.model.named_parameters():
-        if parameter.dtype in MARKED_TYPES and parameter.numel():
+        if _can_be_marked(parameter):
             kept[name] = _first(parameter).clone()
             _first(parameter).fill_(torch.nan)
     return Refit(kept)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def check_loaded(model: Any, refit: Refit) -> int:
     """Number of marked parameters that were loaded. The others get their element back.
 
@@ -56,7 +56,7 @@ def check_loaded(model: Any, refit: Refit) -> int:
     parameters = dict(model.named_parameters())
     for name, before in refit.kept.items():
         parameter = parameters.get(name)
-        if parameter is not None and parameter.dtype in MARKED_TYPES and bool(_first(parameter).isnan()):
+        if parameter is not None and _can_be_marked(parameter) and bool(_first(parameter).isnan()):
             _first(parameter).copy_(before)
             left.append(name)
     loaded = len(refit.kept) - len(left)
@@ -104,6 +104,10 @@ def _upstream_finalize() -> Callable[[Any], None] | None:
         return None
     found: Callable[[Any], None] | None = getattr(WorkerExtension, "finalize_weight_update", None)
     return found
+
+
+def _can_be_marked(parameter: Tensor) -> bool:
+    return parameter.dtype in MARKED_TYPES and parameter.numel() > 0 and not parameter.is_meta
 
 
 def _first(parameter: Tensor) -> Tensor:
