@@ -108,8 +108,16 @@ class ClusterConfig:
     network_bandwidth: float = number(50.0, "(0, 1000000000]")
     """Bandwidth of a GPU to those of other nodes, GB/s in each direction."""
 
-    mfu: float = number(0.4, "(0, 1]")
-    """Share of the peak that training reaches, for estimates."""
+    mfu: float = number(0.3, "(0, 1]")
+    """Share of `gpu_tflops` that scoring and training reach, for estimates. This, `bandwidth_share` and
+    `layer_latency_us` are fitted on published runs, see docs/plan.md."""
+
+    bandwidth_share: float = number(0.4, "(0, 1]")
+    """Share of `gpu_bandwidth` that generation reaches, for estimates."""
+
+    layer_latency_us: float = number(250.0, "[0, 1000000]")
+    """Microseconds that a layer takes for one generated token of all rollouts besides reading weights and KV cache, for
+    estimates: kernels that wait for one another, reductions."""
 
     def __post_init__(self) -> None:
         check_fields(self, "cluster", error=UserError)
@@ -125,6 +133,12 @@ class ParallelConfig:
 
     pipeline: int = number(1, "[0, 65536]")
     """Ranks that hold consecutive parts of the layers; 0 as in `tensor`."""
+
+    first_stage_layers: int | None = number(None, "[1, 65536]", "null is an equal share")
+    """Layers of the first pipeline stage, where they do not divide equally; only in NeMo-RL. Null: an equal share."""
+
+    last_stage_layers: int | None = number(None, "[1, 65536]", "null is an equal share")
+    """Layers of the last pipeline stage; as `first_stage_layers`."""
 
     context: int = number(1, "[1, 65536]")
     """Ranks that share each sequence."""

@@ -22,7 +22,7 @@ from echorl_nemo.checks.model import path_problems, prompt_token_problems, read_
 from echorl_nemo.checks.model_build import platform_problems
 from echorl_nemo.checks.packages import package_problems
 from echorl_nemo.checks.rewards import reward_problems
-from echorl_nemo.checks.rollout_engine import native_problems
+from echorl_nemo.checks.rollout_engine import native_problems, uneven_stage_problems
 from echorl_nemo.data.inputs import RunInputs
 from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
@@ -153,6 +153,6 @@ def check_export(config: RunConfig, checkpoint: Path, out: Path) -> None:
 def _layout_problems(config: RunConfig | EvaluateConfig) -> list[str]:
     """Problems with the layout, if the model's configuration is known; otherwise `path_problems` reports that."""
     try:
-        return layout_problems(config.parallel, known_config(config.model))
+        return uneven_stage_problems(config.parallel) or layout_problems(config.parallel, known_config(config.model))
     except UserError:
         return []

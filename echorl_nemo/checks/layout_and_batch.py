@@ -35,6 +35,7 @@ def batch_size_problems(config: RunConfig) -> list[str]:
     """Problems with batch sizes: groups of one rollout; prompts of a step that are not a multiple of those of an
     optimizer step; those that are not a multiple of the replicas."""
     trainer, group_size, data = config.trainer, config.rollout.group_size, config.parallel.data or 1
+    rollouts = trainer.minibatch_prompts * group_size
     problems = []
     if group_size < 2:
         problems.append(
@@ -46,7 +47,13 @@ def batch_size_problems(config: RunConfig) -> list[str]:
             f"trainer.prompts_per_step={trainer.prompts_per_step} is not divisible by "
             f"trainer.minibatch_prompts={trainer.minibatch_prompts}; use a multiple of it"
         )
-    if trainer.minibatch_prompts % data:
+    if config.engine == "nemo_rl":
+        if rollouts % data:
+            problems.append(
+                f"trainer.minibatch_prompts={trainer.minibatch_prompts} x rollout.group_size={group_size} are "
+                f"{rollouts} rollouts, which are not divisible by parallel.data={data}; use a multiple of it"
+            )
+    elif trainer.minibatch_prompts % data:
         problems.append(
             f"trainer.minibatch_prompts={trainer.minibatch_prompts} groups are not divisible by "
             f"parallel.data={data}: a group is never split over replicas; use a multiple of {data}"
@@ -56,7 +63,7 @@ def batch_size_problems(config: RunConfig) -> list[str]:
 
 def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list[str]:
     """Problems with sizes of the model, such as heads and layers, that are not multiples of the parallel sizes."""
-    tensor, pipeline, expert = layout.tensor, layout.pipeline, layout.expert
+    tensor, expert = layout.tensor, layout.expert
     kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
     problems = []
     # fewer key-value heads than ranks are copied to several ranks
@@ -71,8 +78,8 @@ def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list
         # GPT-2 and its like name it otherwise, and Megatron checks it again
         ("feed-forward width", getattr(hf_config, "intermediate_size", tensor), "parallel.tensor", tensor),
         ("vocabulary entries", hf_config.vocab_size, "parallel.tensor", tensor),
-        ("layers", hf_config.num_hidden_layers, "parallel.pipeline", pipeline),
     ]
+    problems += _pipeline_problems(layout, hf_config.num_hidden_layers)
     if experts:
         wanted.append(("experts", experts, "parallel.expert", expert))
         if tensor > 1 and not layout.sequence:
@@ -91,6 +98,25 @@ def layout_problems(layout: ParallelConfig, hf_config: PretrainedConfig) -> list
         f"{key}={size}: the model's {count} {what} are not divisible by it; use a divisor of {count}"
         for what, count, key, size in wanted
         if count % size
+    ]
+
+
+def _pipeline_problems(layout: ParallelConfig, layers: int) -> list[str]:
+    """Problems with the share of the stages in the model's ``layers``."""
+    given = [count for count in (layout.first_stage_layers, layout.last_stage_layers) if count is not None]
+    if not given:
+        if layers % layout.pipeline == 0:
+            return []
+        return [
+            f"parallel.pipeline={layout.pipeline}: the model's {layers} layers are not divisible by it; use a divisor "
+            f"of {layers}"
+        ]
+    left, stages = layers - sum(given), layout.pipeline - len(given)
+    if (stages == 0 and left == 0) or (stages > 0 and left > 0 and left % stages == 0):
+        return []
+    return [
+        f"parallel.first_stage_layers={layout.first_stage_layers}, last_stage_layers={layout.last_stage_layers}: they "
+        f"leave {left} of the model's {layers} layers for {max(0, stages)} other stages; leave each as many as another"
     ]
 
 

@@ -48,6 +48,8 @@ def translation_problems(config: RunConfig, model_type: str) -> list[str]:
     for key, value, usual in (
         ("parallel.context", config.parallel.context, 1),
         ("parallel.expert", config.parallel.expert, 1),
+        ("parallel.first_stage_layers", config.parallel.first_stage_layers, None),
+        ("parallel.last_stage_layers", config.parallel.last_stage_layers, None),
         ("trainer.pack_tokens", config.trainer.pack_tokens, 0),
         ("trainer.warmup_steps", config.trainer.warmup_steps, 0),
         ("trainer.eval_group_size", config.trainer.eval_group_size, 1),

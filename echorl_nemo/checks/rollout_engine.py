@@ -5,12 +5,21 @@ from typing import Any
 
 from echorl_nemo.checks.packages import is_installed
 from echorl_nemo.rollout.trtllm.api import REFUSED, load_api
-from echorl_nemo.schema import RunConfig
+from echorl_nemo.schema import ParallelConfig, RunConfig
 
 
 def native_problems(config: RunConfig) -> list[str]:
     """Problems with a run on the native engine that follow from its settings."""
-    return [*engine_problems(config), *rollout_problems(config)]
+    return [*uneven_stage_problems(config.parallel), *engine_problems(config), *rollout_problems(config)]
+
+
+def uneven_stage_problems(layout: ParallelConfig) -> list[str]:
+    """A problem for each size of a pipeline stage that is given: the native engine's stages are equal."""
+    return [
+        f"parallel.{key}={value}: only NeMo-RL has it; use null, or engine=nemo_rl"
+        for key in ("first_stage_layers", "last_stage_layers")
+        if (value := getattr(layout, key)) is not None
+    ]
 
 
 def engine_problems(config: RunConfig) -> list[str]:

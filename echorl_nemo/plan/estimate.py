@@ -1,8 +1,9 @@
 """Estimates of a GPU's memory and of a step's time and network volume, by formulas that the plan shows.
 
-They are upper bounds: every response has its full length. Formulas use: P parameters of a rank; T, L, C, D, E the
-tensor, pipeline, context, data and expert sizes; s tokens of a micro-batch on a rank; h, f, q, k widths of the residual
-stream, feed-forward, queries and keys; V vocabulary entries.
+Memory is an upper bound: every response has its full length. Times and network volume are those of the mean length that
+the configuration expects; docs/plan.md compares them with published runs. Formulas use: P parameters of a rank; T, L,
+C, D, E the tensor, pipeline, context, data and expert sizes; s tokens of a micro-batch on a rank; h, f, q, k widths of
+the residual stream, feed-forward, queries and keys; V vocabulary entries.
 """
 
 import math
@@ -52,6 +53,8 @@ class StepShape:
 
     tokens: int
     """Tokens of the longest rollout."""
+    mean_tokens: int
+    """Tokens of a rollout of mean length, with the longest prompt."""
     micro_tokens: int
     """Tokens of a micro-batch on a rank."""
     rollouts: int
@@ -77,6 +80,7 @@ def step_shape(config: RunConfig, hf: PretrainedConfig, stages: list[StageParame
         active = 1 - of_experts * (1 - hf.num_experts_per_tok / experts) / sum(stage.whole for stage in stages)
     return StepShape(
         tokens=tokens,
+        mean_tokens=config.data.max_prompt_tokens + (config.rollout.mean_new_tokens or config.rollout.max_new_tokens),
         micro_tokens=(config.trainer.pack_tokens or config.trainer.micro_batch_size * tokens)
         // config.parallel.context,
         rollouts=config.trainer.prompts_per_step * config.rollout.group_size,
@@ -175,11 +179,13 @@ def _rollout_memory(
         value = concurrent * sizes.tokens * stages[number].layers * 4 * sizes.keys / min(layout.tensor, sizes.keys)
         return [Estimate("KV cache", value, f"{concurrent} rollouts x {sizes.tokens} tokens x layers x 4k/T")]
     weights = 2 * total / engine_gpus(config)
-    free = max(0.0, config.cluster.gpu_memory_gib * GIB - used - weights)
-    items = [
-        Estimate("engine's weights", weights, "2 x all parameters / GPUs of an engine"),
-        Estimate("KV cache", rollout.trtllm.gpu_memory_fraction * free, "gpu_memory_fraction of what is free"),
-    ]
+    memory_of_gpu = config.cluster.gpu_memory_gib * GIB
+    items = [Estimate("engine's weights", weights, "2 x all parameters / GPUs of an engine")]
+    if rollout.engine == "vllm":
+        cache = max(0.0, rollout.vllm.gpu_memory_share * memory_of_gpu - weights)
+        return [*items, Estimate("KV cache", cache, "gpu_memory_share of the GPU less the engine's weights")]
+    free = max(0.0, memory_of_gpu - used - weights)
+    items.append(Estimate("KV cache", rollout.trtllm.gpu_memory_fraction * free, "gpu_memory_fraction of what is free"))
     if rollout.engine == "trtllm":
         refit = rollout.trtllm.refit_bucket_mb * (1 << 20)
         items.append(Estimate("refit", refit, "rollout.trtllm.refit_bucket_mb"))
@@ -196,13 +202,13 @@ def engine_gpus(config: RunConfig) -> int:
 
 
 def step_seconds(config: RunConfig, hf: PretrainedConfig, stages: list[StageParameters]) -> list[Estimate]:
-    """Seconds of each phase of a step at `cluster.mfu`."""
+    """Seconds of each phase of a step, for responses of mean length, with the constants of `cluster`."""
     sizes, layout, cluster = step_shape(config, hf, stages), config.parallel, config.cluster
     total = sum(stage.whole for stage in stages)
     gpus = ranks_per_replica(layout) * (layout.data or 1)
     speed = gpus * cluster.gpu_tflops * 1e12 * cluster.mfu
-    tokens = sizes.rollouts * sizes.tokens
-    attention = 2 * hf.num_hidden_layers * sizes.queries * sizes.tokens * tokens
+    tokens = sizes.rollouts * sizes.mean_tokens
+    attention = 2 * hf.num_hidden_layers * sizes.queries * sizes.mean_tokens * tokens
     forward = 2 * total * sizes.active * tokens + attention
     passes = 4 if config.trainer.recompute == "full" else 3
     bubble = (layout.pipeline - 1) / micro_batches(config, sizes)
@@ -219,9 +225,11 @@ def step_seconds(config: RunConfig, hf: PretrainedConfig, stages: list[StagePara
 
 
 def _generation_seconds(config: RunConfig, sizes: StepShape, stages: list[StageParameters], gpus: int) -> Estimate:
-    """Seconds of generation: one token of every concurrent rollout costs one reading of the weights and KV cache."""
-    rollout, layout = config.rollout, config.parallel
-    kv = 4 * sizes.keys * sum(stage.layers for stage in stages) * sizes.tokens / 2
+    """Seconds of generation: one token of every concurrent rollout costs one reading of the weights and KV cache, and
+    the latency of each layer. It ends with the longest response."""
+    rollout, layout, cluster = config.rollout, config.parallel, config.cluster
+    layers = sum(stage.layers for stage in stages)
+    kv = 4 * sizes.keys * layers * sizes.mean_tokens / 2
     if rollout.engine == "megatron":
         engines, concurrent = _replicas(layout), rollout.batch_size
         weights, sharing = float(sum(2 * stage.rank for stage in stages)), layout.tensor
@@ -234,16 +242,17 @@ def _generation_seconds(config: RunConfig, sizes: StepShape, stages: list[StageP
     each = math.ceil(sizes.rollouts / engines)
     waves = math.ceil(each / concurrent)
     reading = weights + min(each, concurrent) * kv / sharing
-    seconds = waves * rollout.max_new_tokens * reading / (config.cluster.gpu_bandwidth * 1e9)
+    token = reading / (cluster.gpu_bandwidth * 1e9 * cluster.bandwidth_share) + layers * cluster.layer_latency_us * 1e-6
     at_once = f"{waves} waves x {rollout.max_new_tokens} tokens"
-    return Estimate("generate", seconds, f"{at_once} x (weights + KV of {min(each, concurrent)} rollouts) / bandwidth")
+    formula = f"{at_once} x ((weights + KV of {min(each, concurrent)} rollouts) / bandwidth + layers x latency)"
+    return Estimate("generate", waves * rollout.max_new_tokens * token, formula)
 
 
 def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[StageParameters]) -> list[Estimate]:
     """GB that a GPU sends in the scoring pass and the update of a step."""
     sizes, layout = step_shape(config, hf, stages), config.parallel
     replicas = _replicas(layout)
-    tokens = sizes.rollouts * sizes.tokens / replicas
+    tokens = sizes.rollouts * sizes.mean_tokens / replicas
     steps = config.trainer.prompts_per_step // config.trainer.minibatch_prompts
     stage = max(stages, key=lambda stage: stage.rank)
     reductions = 2 + 4 + (2 if config.trainer.recompute == "full" else 0)

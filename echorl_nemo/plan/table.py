@@ -26,7 +26,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         return
     console.print(_stages(plan))
     console.print(_memory(plan))
-    console.print(_items("Seconds of a step, if every response is of full length", "s", plan.seconds, shares=True))
+    mean = config.rollout.mean_new_tokens
+    lengths = f"responses of {mean} tokens on average" if mean else "every response of full length"
+    console.print(_items(f"Seconds of a step, with {lengths}", "s", plan.seconds, shares=True))
     console.print(_items("GB that a GPU sends in a step", "GB", plan.network, shares=False))
 
 

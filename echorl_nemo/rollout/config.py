@@ -53,6 +53,9 @@ class VllmConfig:
     tensor_parallel: int | None = number(None, "[1, 1024]", "null is parallel.tensor")
     """GPUs of each engine. Null: `parallel.tensor`, the number that share a layer in training."""
 
+    gpu_memory_share: float = number(0.6, "(0, 1]")
+    """Share of a GPU's whole memory that an engine takes for weights and KV cache, vLLM's gpu_memory_utilization."""
+
     def __post_init__(self) -> None:
         check_fields(self, "rollout.vllm", error=UserError)
 
@@ -70,6 +73,10 @@ class RolloutConfig:
 
     max_new_tokens: int = number(1024, "[1, 10000000]")
     """Longest response, in tokens; a response that reaches it without a stop token is truncated."""
+
+    mean_new_tokens: int | None = number(None, "[1, 10000000]", "null is rollout.max_new_tokens")
+    """Mean length of the responses that is expected, in tokens, for the plan's times and network volume. Null:
+    `max_new_tokens`, which gives upper bounds. Memory is always planned for `max_new_tokens`."""
 
     temperature: float = number(1.0, "(0, 100]", "at 0 the rollouts of a group would be alike")
     """Divisor of the logits in sampling, scoring and training."""
@@ -96,4 +103,10 @@ class RolloutConfig:
     """Settings of vLLM."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "rollout", error=UserError)
+        more = []
+        if isinstance(self.mean_new_tokens, int) and self.mean_new_tokens > self.max_new_tokens:
+            more.append(
+                f"rollout.mean_new_tokens={self.mean_new_tokens} is above "
+                f"rollout.max_new_tokens={self.max_new_tokens}; use at most that"
+            )
+        check_fields(self, "rollout", more, error=UserError)

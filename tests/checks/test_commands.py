@@ -27,6 +27,7 @@ def problems(*overrides: str) -> str:
         (["parallel.tensor=3"], "parallel.tensor=3: the model's 2 key-value heads are neither divisible by it nor"),
         (["parallel.pipeline=4"], "parallel.pipeline=4: the model's 2 layers are not divisible by it"),
         (["trainer.minibatch_prompts=3"], "prompts_per_step=4 is not divisible by trainer.minibatch_prompts=3"),
+        (["parallel.first_stage_layers=1"], "parallel.first_stage_layers=1: only NeMo-RL has it; use null, or engine="),
         (["parallel.data=3"], "minibatch_prompts=4 groups are not divisible by parallel.data=3"),
         (["engine=nemo_rl", "trainer.seed=5000000000"], "trainer.seed=5000000000: engine=nemo_rl gives it to NumPy"),
         (

@@ -155,6 +155,9 @@ def _megatron(config: RunConfig) -> dict[str, Any]:
         "scheduler.lr_warmup_init": 0.0,
         "scheduler.lr_decay_iters": max(1_000_000, trainer.warmup_steps + 1),
     }
+    for name, layers in (("first", layout.first_stage_layers), ("last", layout.last_stage_layers)):
+        if layers is not None:
+            settings[f"num_layers_in_{name}_pipeline_stage"] = layers
     return {f"policy.megatron_cfg.{name}": value for name, value in settings.items()}
 
 
@@ -170,6 +173,7 @@ def _generation(config: RunConfig, stop_ids: Sequence[int]) -> dict[str, Any]:
     }
     if rollout.engine == "vllm":
         settings["vllm_cfg.tensor_parallel_size"] = rollout.vllm.tensor_parallel or config.parallel.tensor
+        settings["vllm_cfg.gpu_memory_utilization"] = rollout.vllm.gpu_memory_share
     return {f"policy.generation.{name}": value for name, value in settings.items()}
 
 
