@@ -69,15 +69,20 @@ def _try_estimator(config: RunConfig) -> None:
 
 def _try_loss(config: RunConfig) -> None:
     rows = len(_groups(config))
-    shape = (rows, RESPONSE)
+    shape, algo = (rows, RESPONSE), config.algo
+    advantages = torch.linspace(-1, 1, rows)
+    by_token = algo.degenerate == "zvp" or algo.policy_tokens != "all"  # as the run will give them
     inputs = LossInputs(
         logprobs=torch.full(shape, -1.0),
         old_logprobs=torch.full(shape, -1.0),
-        advantages=torch.linspace(-1, 1, rows),
+        advantages=advantages[:, None].expand(shape) if by_token else advantages,
         response_mask=torch.ones(shape, dtype=torch.bool),
         counted=torch.ones(rows, dtype=torch.bool),
         entropies=torch.ones(shape),
         totals=StepTotals(rows, rows * RESPONSE, rows * RESPONSE),
+        rollout_logprobs=torch.full(shape, -1.0),
+        reference_logprobs=torch.full(shape, -1.0) if algo.kl_coef else None,
+        mastered=torch.zeros(rows, dtype=torch.bool) if algo.anchor != "none" else None,
     )
     token_losses(torch.zeros(shape), inputs, config.algo, inputs.response_mask)
 

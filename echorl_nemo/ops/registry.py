@@ -34,11 +34,12 @@ class Registry:
         module, _, attribute = self._targets.get(name, name).partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, SyntaxError) as error:
+        except (ImportError, AttributeError, SyntaxError, SystemExit) as error:
             if name in self._targets:
                 raise
             raise ValueError(
-                f"{self.key}={name}: it cannot be imported: {error}; check its name and PYTHONPATH"
+                f"{self.key}={name}: it cannot be imported: {error or type(error).__name__}; check its name, its "
+                "module and PYTHONPATH"
             ) from error
         if not callable(found):
             raise ValueError(f"{self.key}={name} is not a function: it is {found!r}; name one")

@@ -62,7 +62,12 @@ def _conditions(row: dict[str, Any]) -> dict[str, str]:
             f"{row['truncated']:.0%} of the rollouts were truncated: no stop token was sampled; raise "
             "rollout.max_new_tokens, or name the token that ends a turn in model.stop_tokens"
         )
-    if row.get("echorl.clips") == 0.0:
+    if row.get("echorl.clips") == 0.0 and row.get("echorl.eligible", 0.0) > 0:
+        found["clips"] = (
+            f"no EchoClip was found: {row['echorl.eligible']:.0f} rollouts are verified successes, and echorl.span "
+            "gave no token of those chosen a weight"
+        )
+    elif row.get("echorl.clips") == 0.0:
         found["clips"] = (
             "no EchoClip was found: no finished rollout reached echorl.success_reward; look at truncated and reward"
         )

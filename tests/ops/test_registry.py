@@ -1,6 +1,7 @@
 """Implementations by name: unknown names are refused, and no name falls through to another implementation."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,16 @@ def as_numpy(inputs: Any) -> Any:
 def losses_alone(log_ratio: Any, inputs: Any, config: Any, mask: Any) -> Any:
     """A loss that does not say what the clip changed."""
     return log_ratio
+
+
+def by_rollout(log_ratio: Any, inputs: Any, config: Any, mask: Any) -> Any:
+    """A loss that takes advantages for [N]."""
+    return -log_ratio.exp() * inputs.advantages[:, None], mask
+
+
+def with_rollouts(log_ratio: Any, inputs: Any, config: Any, mask: Any) -> Any:
+    """A loss that uses the rollout engine's log-probs."""
+    return log_ratio - inputs.rollout_logprobs, mask
 
 
 def broken(inputs: Any) -> Any:
@@ -107,6 +118,21 @@ def test_a_function_of_the_users_own() -> None:
 def test_a_function_that_does_not_work_is_a_problem_of_the_run(override: str, problem: str) -> None:
     (found,) = function_problems(load_config("quickstart", [override], schema=RunConfig))
     assert found.startswith(problem)
+
+
+def test_a_loss_is_tried_with_the_shapes_of_the_run() -> None:
+    name = f"algo.loss='{HERE}:by_rollout'"
+    assert function_problems(load_config("quickstart", [name], schema=RunConfig)) == []
+    (problem,) = function_problems(load_config("quickstart", [name, "algo.degenerate=zvp"], schema=RunConfig))
+    assert problem.startswith(f"algo.loss={HERE}:by_rollout returned shape ")
+    assert function_problems(load_config("quickstart", [f"algo.loss='{HERE}:with_rollouts'"], schema=RunConfig)) == []
+
+
+def test_a_module_that_ends_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends.py").write_text("raise SystemExit(2)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="algo.loss=ends:f: it cannot be imported: 2; check its name, its module"):
+        LOSSES.load("ends:f")
 
 
 @pytest.mark.parametrize("key", ["algo.estimator", "algo.loss", "echorl.span"])

@@ -60,3 +60,8 @@ def test_a_damaged_configuration_is_reported() -> None:
         assert changed_settings(before, "a: 1\n") == [
             "the configuration of the last attempt cannot be read, so that changes are not known"
         ]
+
+
+def test_clips_without_weights_are_no_lack_of_successes() -> None:
+    (warning,) = step_warnings([{**SOUND, "echorl.clips": 0.0, "echorl.eligible": 7.0}])
+    assert warning.startswith("no EchoClip was found: 7 rollouts are verified successes, and echorl.span gave no token")
