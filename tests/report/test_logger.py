@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,12 @@ def test_wandb_gets_the_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     logger = RunLogger(tmp_path / "run-7", LoggerConfig(tensorboard=False, wandb_project="mine"), first_step=0)
     logger.metrics(0, {"echorl.clips": 3.0})
     logger.close()
-    logs = list((tmp_path / "run-7" / "wandb").glob("offline-run-*-run-7/run-run-7.wandb"))
-    logged = [_wandb_history(path) for path in logs]
+    logged: list[list[dict[str, str]]] = []
+    deadline = time.monotonic() + 30
+    while not any(logged) and time.monotonic() < deadline:  # W&B's own process writes, and may do so after the end
+        logs = list((tmp_path / "run-7" / "wandb").glob("offline-run-*-run-7/run-run-7.wandb"))
+        logged = [_wandb_history(path) for path in logs]
+        time.sleep(0.1)
     assert [[row["echorl/clips"] for row in rows] for rows in logged] == [["3"]], logged
 
 
