@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from echorl_nemo.shipped import ROOT
 
 
@@ -116,7 +118,11 @@ def start_in_group(command: Sequence[str], log: Any) -> "subprocess.Popen[bytes]
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL every process of the group that ``process`` leads."""
+    """SIGKILL every process of the group that ``process`` leads, and those below it that lead groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -50,6 +50,10 @@ def parts(work: Path, *, small: bool) -> list[Part]:
         command = [*training, kind, str(work), *(["--small"] if small else [])]
         return Part(kind, what, command, limit, lambda folder: read_json(folder / f"{kind}.json"), skipped)
 
+    def benchmark(name: str, what: str, module: str, limit: float) -> Part:
+        command = ["-m", f"benchmarks.{module}", *quick, "--json", str(work / f"{name}.json")]
+        return Part(name, what, command, limit, lambda folder: read_json(folder / f"{name}.json"))
+
     return [
         Part(
             "ops",
@@ -58,23 +62,11 @@ def parts(work: Path, *, small: bool) -> list[Part]:
             150,
             lambda folder: counts(folder / "ops.xml"),
         ),
-        Part(
-            "loss_op",
-            "the op against naive, Megatron's and slime's formula",
-            ["-m", "benchmarks.loss_op", *quick, "--json", str(work / "loss_op.json")],
-            100,
-            lambda folder: read_json(folder / "loss_op.json"),
-        ),
+        benchmark("loss_op", "the op against naive, Megatron's and slime's formula", "loss_op", 100),
         run_of("quickstart", "the embedded task", 80),
         run_of("long", "half a billion random weights, responses of 4096 tokens", 300),
         run_of("resume", "SIGKILL after a checkpoint, then resuming", 90),
-        Part(
-            "overhead",
-            "a step with EchoRL against one without",
-            ["-m", "benchmarks.echorl_overhead", *quick, "--json", str(work / "overhead.json")],
-            60,
-            lambda folder: read_json(folder / "overhead.json"),
-        ),
+        benchmark("overhead", "a step with EchoRL against one without", "echorl_overhead", 60),
         run_of("oom", "a step without enough GPU memory ends the run", 60, "a CPU has no GPU memory" if small else ""),
     ]
 

@@ -36,12 +36,12 @@ def quickstart(work: Path, small: bool) -> dict[str, Any]:
     """The embedded task on one rank."""
     run_dir = work / "runs" / "quickstart"
     _run("quickstart", f"trainer.run_dir={run_dir}", *ONE_RANK, f"trainer.steps={3 if small else 20}")
-    rows = _steps(run_dir)
+    rows = steps_of(run_dir)
     evaluations = [row["eval.accuracy"] for row in read_lines(run_dir / METRICS_FILE) if "eval.accuracy" in row]
     return {
         "steps": len(rows),
         "accuracy": [evaluations[0], evaluations[-1]],
-        "second_to_last": [_speed(row, rollouts=128) for row in rows[1:]][-1],
+        "last_step": _speed(rows[-1], rollouts=128),
         "largest_logprob_gap": max(row["rollout.logprob_gap"] for row in rows),
         "largest_entropy_gap": max(row["rollout.entropy_gap"] for row in rows),
     }
@@ -68,7 +68,7 @@ def long(work: Path, small: bool) -> dict[str, Any]:
         ).stdout
     )  # fmt: skip
     _run("train", f"trainer.run_dir={run_dir}", *overrides)
-    (row,) = _steps(run_dir)
+    (row,) = steps_of(run_dir)
     memory = planned["memory_gib"][0]
     figures = {
         "parameters": planned["parameters"],
@@ -100,7 +100,7 @@ def resume(work: Path, small: bool) -> dict[str, Any]:
     if not 2 <= at_kill < steps:
         raise WrongRunError(f"the run had {at_kill} of {steps} checkpoints when it was killed; see the log")
     _run("quickstart", f"trainer.run_dir={killed}", *shared, "trainer.resume=true")
-    rows, expected = _steps(killed), _steps(straight)
+    rows, expected = steps_of(killed), steps_of(straight)
     if [row["step"] for row in rows] != [row["step"] for row in expected]:
         raise WrongRunError(f"the resumed run has steps {[row['step'] for row in rows]}")
     gaps = [abs(ours[name] - theirs[name]) for ours, theirs in zip(rows, expected, strict=True) for name in COMPARED]
@@ -146,7 +146,8 @@ def _run(*arguments: str) -> None:
         raise WrongRunError(f"echorl-nemo {arguments[0]} ended with {code}")
 
 
-def _steps(run_dir: Path) -> list[dict[str, Any]]:
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of each training step, without those of evaluations."""
     return [row for row in read_lines(run_dir / METRICS_FILE) if "time.step" in row]
 
 

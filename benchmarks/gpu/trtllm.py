@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.training import steps_of
 from echorl_nemo.report.config import METRICS_FILE
-from echorl_nemo.report.logger import read_lines
 from echorl_nemo.shipped import ROOT
 
 STEPS = 10
@@ -41,12 +41,6 @@ def write_sums(path: Path, count: int) -> None:
         {"prompt": f"What is {a} + {b}? Put the answer into \\boxed{{}}.\n", "answer": str(a + b)} for a, b in pairs
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    """What is kept of each training step."""
-    rows = [row for row in read_lines(run_dir / METRICS_FILE) if "time.step" in row]
-    return [{name: row.get(name) for name in KEPT} for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None, run: Runner = as_process) -> int:
@@ -78,8 +72,10 @@ def main(arguments: Sequence[str] | None = None, run: Runner = as_process) -> in
             "echorl.entropy_source=rollout", *options.overrides,
         ],
     )  # fmt: skip
-    steps = steps_of(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    finite = all(math.isfinite(step[name] or math.nan) or step[name] == 0 for step in steps for name in KEPT[:2])
+    rows = steps_of(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    steps: list[dict[str, Any]] = [{name: row.get(name) for name in KEPT} for row in rows]
+    gaps = [step[name] for step in steps for name in KEPT[:2]]
+    finite = all(gap is not None and math.isfinite(gap) for gap in gaps)
     right = probe_code == 0 and train_code == 0 and len(steps) == STEPS and finite
     found = {
         "right": right,

@@ -53,7 +53,7 @@ def _check(tmp_path: Path, *parts: Part, seconds: float = 60) -> Check:
 
 
 def test_a_part_that_fails_hangs_or_writes_nothing_does_not_stop_the_others(tmp_path: Path) -> None:
-    spawn = "import subprocess; subprocess.run(['sleep', '987.5'])"
+    spawn = "import subprocess; subprocess.run(['sleep', '987.5'], start_new_session=True)"
     unread = Part("unread", "a test", ["-c", "pass"], 60, lambda folder: counts(folder / "missing.xml"))
     check = _check(
         tmp_path, _part("fails", "print('a cause'); raise SystemExit(3)"), _part("hangs", spawn, limit=1.0), unread,
