@@ -1,7 +1,7 @@
 """The training step of the native engine: generate, verify, score, select EchoClips, update."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -95,10 +95,10 @@ class Trainer:
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
         with self._timed("score"):
             metrics |= self.score(batch)
-        skipped = nonfinite_values(batch)
+        skipped = nonfinite_values(batch, SCORED)
         if not skipped:
             self.estimate_advantages(batch)
-            skipped = nonfinite_values(batch)
+            skipped = nonfinite_values(batch, ("advantages",))
         if not skipped:
             metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):
@@ -303,9 +303,14 @@ def own_rewards(batch: RolloutBatch, success_reward: float) -> Tensor:
     return torch.where(batch.sampled, batch.rewards, success_reward)
 
 
-def nonfinite_values(batch: RolloutBatch) -> str:
-    """A sentence about the first kind of numbers in ``batch`` that are not all finite; empty if all are."""
-    for name in ("rewards", "old_logprobs", "entropies", "reference_logprobs", "advantages"):
+SCORED = ("rewards", "old_logprobs", "entropies", "reference_logprobs")
+"""Columns of a batch from which its advantages are estimated."""
+
+
+def nonfinite_values(batch: RolloutBatch, names: Sequence[str]) -> str:
+    """A sentence about the first of the columns ``names`` of ``batch`` whose numbers are not all finite; empty if all
+    are."""
+    for name in names:
         values = getattr(batch, name)
         if values is None:
             continue
