@@ -19,7 +19,8 @@ CURRENT_READY := $(CURRENT)/.ready
 # more arguments for pip, such as an index that holds torch's CPU build
 PIP_ARGS ?=
 
-.PHONY: quickstart test test-main test-engines test-rest test-aligner test-current test-wheel test-nemo-rl lint plan-environment clean
+.PHONY: quickstart test test-main test-engines test-rest test-aligner test-current test-wheel test-nemo-rl test-nemo-rl-real \
+	lint plan-environment clean
 
 quickstart: $(READY)
 	@echo "== training the tiny chain task with EchoRL on two ranks, tensor parallel; the report goes to $(RUN_DIR)"
@@ -59,6 +60,22 @@ test-nemo-rl:
 	PYTHONPATH=.:$(NEMO_RL_HOME):$(PYTHONPATH) NEMO_RL_HOME=$(NEMO_RL_HOME) $(NEMO_RL_PYTHON) -m pytest tests/engines/nemo_rl
 	PYTHONPATH=.:$(NEMO_RL_HOME):$(PYTHONPATH) $(NEMO_RL_PYTHON) -m pytest --noconftest -p tests.engines.nemo_rl.upstream_swap \
 		$(NEMO_RL_HOME)/tests/unit/algorithms/test_loss_functions.py -k clipped_pg
+
+# NeMo-RL's own trainer, Ray and Megatron workers on the CPU, some 15 minutes; see "The whole of NeMo-RL on a CPU" in
+# docs/nemo_rl.md
+MEGATRON_BRIDGE = $(NEMO_RL_HOME)/3rdparty/Megatron-Bridge-workspace/Megatron-Bridge
+ifeq ($(NEMO_RL_HOME),)
+test-nemo-rl-real: $(READY)
+	@echo "make test-nemo-rl-real: NEMO_RL_HOME is not set, so that all of these tests are skipped. To run them:"
+	@echo "  git clone --recurse-submodules of NVIDIA-NeMo/RL, main of August 2026 (7ea279ab), to a folder nemo-rl"
+	@echo "  make .venv-nemo-rl PYTHON313=python3.13     (6 GB)"
+	@echo "  make test-nemo-rl-real NEMO_RL_HOME=nemo-rl NEMO_RL_PYTHON=.venv-nemo-rl/bin/python"
+	$(BIN)/python -m pytest -rs tests/engines/nemo_rl/real
+else
+test-nemo-rl-real:
+	PYTHONPATH="$(CURDIR):$(abspath $(NEMO_RL_HOME)):$(abspath $(MEGATRON_BRIDGE))/src:$(abspath $(MEGATRON_BRIDGE))/3rdparty/Megatron-LM:$(PYTHONPATH)" \
+		NEMO_RL_HOME="$(abspath $(NEMO_RL_HOME))" OMP_NUM_THREADS=1 $(NEMO_RL_PYTHON) -m pytest -rs tests/engines/nemo_rl
+endif
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -100,5 +117,12 @@ $(ALIGNER_READY): requirements-aligner.txt
 	$(ALIGNER)/bin/pip install --quiet --no-deps --editable .
 	touch $(ALIGNER_READY)
 
+PYTHON313 ?= python3.13
+.venv-nemo-rl: requirements-nemo-rl.txt
+	@echo "== making the virtual environment $@"
+	$(PYTHON313) -m venv $@
+	$@/bin/pip install --quiet $(PIP_ARGS) --requirement requirements-nemo-rl.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ALIGNER) $(CURRENT)
+	rm -rf $(VENV) $(ALIGNER) $(CURRENT) .venv-nemo-rl

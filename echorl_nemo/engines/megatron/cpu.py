@@ -25,7 +25,7 @@ from echorl_nemo.engines.fused_adam import GroupStepAdamW
 from echorl_nemo.engines.megatron.zigzag import natural_order
 from echorl_nemo.releases import import_before_absent_packages
 
-ABSENT_PACKAGES = (
+ABSENT_PACKAGES: tuple[str, ...] = (
     "transformer_engine", "transformer_engine_torch", "mamba_ssm", "causal_conv1d", "fla", "nvidia_resiliency_ext",
     "qwen_vl_utils", "timm", "open_clip", "mlflow", "wandb", "modelopt",
 )  # fmt: skip

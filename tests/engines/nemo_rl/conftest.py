@@ -12,6 +12,6 @@ if not REAL:
 
     stand_ins.install()
 elif not torch.cuda.is_available():
-    from echorl_nemo.engines.megatron import cpu
+    from tests.engines.nemo_rl.real import shims
 
-    cpu.install_stand_ins(replace_cuda=True)
+    shims.install()

@@ -128,16 +128,16 @@ def setup(config: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     return policy, grpo.ClippedPGLossFn(config["loss_fn"]), grpo._create_advantage_estimator(config)
 
 
-def _load_config(path: str) -> Any:
+def _load_config(config_path: str) -> Any:
     from omegaconf import OmegaConf
 
-    return OmegaConf.load(path)
+    return OmegaConf.load(config_path)
 
 
-def _parse_hydra_overrides(config: Any, overrides: list[str]) -> Any:
+def _parse_hydra_overrides(cfg: Any, overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
 
-    return OmegaConf.merge(config, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 
 MODULES: dict[str, dict[str, Any]] = {
@@ -147,7 +147,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "nemo_rl.algorithms.loss.loss_functions": {"ClippedPGLossFn": ClippedPGLossFn},
     "nemo_rl.algorithms.grpo": {
         "Policy": Policy, "ClippedPGLossFn": ClippedPGLossFn, "setup": setup, "grpo_train": grpo_train,
-        "_create_advantage_estimator": lambda config: GRPOAdvantageEstimator(),
+        "_create_advantage_estimator": lambda master_config: GRPOAdvantageEstimator(),
     },
     "nemo_rl.distributed": {},
     "nemo_rl.distributed.batched_data_dict": {"BatchedDataDict": BatchedDataDict},
@@ -166,7 +166,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "nemo_rl.models.policy.workers": {},
     "nemo_rl.models.policy.workers.megatron_policy_worker": {
         "MegatronPolicyWorkerImpl": MegatronPolicyWorkerImpl, "LogprobsPostProcessor": LogprobsPostProcessor,
-        "get_runtime_env_for_policy_worker": lambda name: {},
+        "get_runtime_env_for_policy_worker": lambda policy_worker_name: {},
     },
     "nemo_rl.utils": {},
     "nemo_rl.utils.venvs": {
