@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echorl_nemo.data.tokenizer import Tokenizer
+from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 
@@ -36,6 +37,10 @@ class OneRank:
 
     def all_gather_objects(self, mine: Sequence[Any]) -> list[Any]:
         return list(mine)
+
+    def exchange_rollouts(self, held: RolloutBatch | None, groups: Sequence[int]) -> RolloutBatch:
+        assert held is not None
+        return held
 
     def barrier(self) -> None: ...
 

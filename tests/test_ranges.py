@@ -16,7 +16,7 @@ from echorl_nemo.errors import UserError
 from echorl_nemo.ops.ranges import INTERVAL, Interval, check_fields, number
 from echorl_nemo.schema import EvaluateConfig, RunConfig
 
-NUMERIC_FIELDS = 104
+NUMERIC_FIELDS = 105
 """Of RunConfig, EvaluateConfig and what stands in their lists and dictionaries; a new one is counted here."""
 TRIED = ("nan", "inf", "-inf", "-1", "0", "1e20", "a_text", "[1,2]", "null")
 

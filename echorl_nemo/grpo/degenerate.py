@@ -1,14 +1,15 @@
 """What groups with equal rewards are given in place of advantages of 0, by `algo.degenerate`.
 
-Each is a function of (`DegenerateInputs`, config) that returns the advantages of all rollouts, [N] or [N, S]. Whether
+Each is a function of (`DegenerateInputs`, config) that returns the advantages of all rollouts, [N], or of the tokens of
+this rank's, [n, S]. Whether
 such a group is right or wrong is decided by its rollouts' success and not by the reward, which may be shaped: by a
 format, a length or a KL.
 
-Shapes: N rollouts, S positions.
+Shapes: N rollouts of a step, n of them on this rank, S positions.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,11 +42,13 @@ class DegenerateInputs:
     success_reward: float
     """Reward of a success."""
     entropies: Tensor | None
-    """[N, S] nats, of the policy that the step starts with; None if they are not known."""
+    """[n, S] nats, of the policy that the step starts with; None if they are not known."""
     response_mask: Tensor
-    """[N, S] bool."""
+    """[n, S] bool."""
     collapse_threshold: float = FIRST_COLLAPSE_THRESHOLD
     """The share of groups with equal rewards above which AVSPO acts."""
+    rows: slice = field(default_factory=lambda: slice(None))
+    """Rows of this rank among the N."""
 
     @property
     def all_right(self) -> Tensor:
@@ -68,15 +71,17 @@ def zero(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
 
 
 def zvp(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:
-    """`degenerate=zvp`, [N, S]: alpha H for a token of an all-correct group, -alpha (max H - H) of an all-wrong one,
+    """`degenerate=zvp`, [n, S]: alpha H for a token of an all-correct group, -alpha (max H - H) of an all-wrong one,
     with the maximum over the response (RL-ZVP, arXiv 2509.21880, equation 5)."""
     if inputs.entropies is None:
         raise ValueError("algo.degenerate=zvp needs the policy's entropies, and this run has none; use zero")
     entropies, mask = inputs.entropies.detach(), inputs.response_mask
-    highest = torch.where(mask, entropies, -torch.inf).amax(dim=1, keepdim=True)
-    shaped = torch.where(inputs.all_right[:, None], entropies, entropies - highest) * config.zvp_alpha
-    chosen = (inputs.all_right | inputs.all_wrong)[:, None]
-    return torch.where(mask, torch.where(chosen, shaped, inputs.advantages[:, None]), 0.0)
+    # one more column, so that a rank without rollouts has one to look at
+    highest = torch.nn.functional.pad(torch.where(mask, entropies, -torch.inf), (0, 1), value=-torch.inf)
+    highest = highest.amax(dim=1, keepdim=True)
+    right, wrong = inputs.all_right[inputs.rows, None], inputs.all_wrong[inputs.rows, None]
+    shaped = torch.where(right, entropies, entropies - highest) * config.zvp_alpha
+    return torch.where(mask, torch.where(right | wrong, shaped, inputs.advantages[inputs.rows, None]), 0.0)
 
 
 def ngrpo(inputs: DegenerateInputs, config: AlgoConfig) -> Tensor:

@@ -14,9 +14,12 @@ from transformers import PretrainedConfig
 from echorl_nemo.checks.hf_config import number_of_experts
 from echorl_nemo.engines.megatron.layout import ranks_per_replica
 from echorl_nemo.plan.parameters import StageParameters
+from echorl_nemo.rollout.exchange import TOKEN_BYTES
 from echorl_nemo.schema import ParallelConfig, RunConfig
 
 GIB = 1 << 30
+TEXT_BYTES = 4
+"""Bytes of the text of a token, about."""
 OTHER_GIB = 4.0
 """Memory for the CUDA context, NCCL's buffers and fragmentation, GiB. It is a usual allowance, not measured."""
 
@@ -277,7 +280,31 @@ def network_gigabytes(config: RunConfig, hf: PretrainedConfig, stages: list[Stag
         items.append(
             Estimate("experts", experts, f"2 x {passes} passes x layers x tokens x experts of a token x 2h(E - 1)/E")
         )
+    if config.engine == "megatron":
+        items.append(_exchange(config, sizes))
     if config.rollout.engine != "megatron":
         weights = 2 * sum(each.whole for each in stages) / engine_gpus(config)
         items.append(Estimate("refit", weights, "2 x all parameters / GPUs of an engine"))
     return [Estimate(item.name, item.value / 1e9, item.formula) for item in items]
+
+
+def _exchange(config: RunConfig, sizes: StepShape) -> Estimate:
+    """What the rank that sends most sends of the rollouts."""
+    layout = config.parallel
+    share = ranks_per_replica(layout)
+    whole, part = rollout_bytes(sizes.rollouts, sizes.mean_tokens, replicas=layout.data or 1, share=share)
+    if config.rollout.engine == "trtllm":
+        return Estimate("rollouts", whole, "rollouts x tokens x 17, by the main rank; others 1 / D of it")
+    # the policy generates where it trains; context-parallel ranks exchange what each has generated
+    return Estimate("rollouts", part if layout.context > 1 else 0.0, "with C > 1: rollouts x tokens x 17 / D")
+
+
+def rollout_bytes(rollouts: int, tokens: int, *, replicas: int, share: int) -> tuple[float, float]:
+    """Bytes that the main rank sends, and that any other rank receives and at most sends, when ``rollouts`` of
+    ``tokens`` tokens go from the main rank to the ``share`` ranks of each of ``replicas`` that train on them.
+
+    The main rank sends each replica its part, and passes on the part of its own; every other rank receives a part and
+    passes it on. No rank receives the rollouts of others.
+    """
+    whole = float(rollouts * tokens * (TOKEN_BYTES + TEXT_BYTES))
+    return whole * (replicas - (share == 1)) / replicas, whole / replicas

@@ -37,3 +37,7 @@ class LoggerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "logger", error=UserError)
+
+    def keeps_rollouts(self, step: int, *, last: bool) -> bool:
+        """Whether the rollouts of a step, from 0, are recorded."""
+        return last or step % self.rollouts_every == 0

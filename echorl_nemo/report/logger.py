@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from torch import Tensor
 from echorl_nemo.report.config import FAILURES_FILE, METRICS_FILE, ROLLOUTS_FILE, LoggerConfig
 from echorl_nemo.report.trackers import make_trackers
 from echorl_nemo.rollout.batch import RolloutBatch
+
+
+@dataclass(frozen=True)
+class ShownRollouts:
+    """Rollouts of a step that the report shows."""
+
+    batch: RolloutBatch
+    step_ids: Tensor
+    """[N, S] int64: the step of each response token, from `segment_steps`."""
 
 
 class RunLogger:
@@ -36,17 +46,10 @@ class RunLogger:
         """Write the verdicts that were not reached in a step, each with its reason."""
         _append(self.folder / FAILURES_FILE, [{"step": step, **failure} for failure in failures])
 
-    def keeps_rollouts(self, step: int, *, last: bool) -> bool:
-        """Whether the rollouts of a step are recorded."""
-        return last or step % self.config.rollouts_every == 0
-
-    def rollouts(
-        self, step: int, batch: RolloutBatch, step_ids: Tensor, pieces: Callable[[list[int]], list[str]]
-    ) -> None:
-        """Write the rollouts of the step's first groups. ``pieces`` gives the text of each token."""
-        groups = list(dict.fromkeys(batch.group_ids.tolist()))[: self.config.groups]
-        rows = [row for row, group in enumerate(batch.group_ids.tolist()) if group in groups]
-        _append(self.folder / ROLLOUTS_FILE, [_record(step, batch, row, step_ids, pieces) for row in rows])
+    def rollouts(self, step: int, shown: ShownRollouts, pieces: Callable[[list[int]], list[str]]) -> None:
+        """Write rollouts of the step. ``pieces`` gives the text of each token."""
+        rows = [_record(step, shown.batch, row, shown.step_ids, pieces) for row in range(len(shown.batch))]
+        _append(self.folder / ROLLOUTS_FILE, rows)
 
     def close(self) -> None:
         """Close the trackers."""

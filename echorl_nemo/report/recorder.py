@@ -4,14 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from echorl_nemo.report.config import CONFIG_FILE, METRICS_FILE, REPORT_FILE, LoggerConfig
 from echorl_nemo.report.console import RunConsole
 from echorl_nemo.report.diagnosis import changed_settings, step_warnings, stop_bias_warning
-from echorl_nemo.report.logger import RunLogger, read_lines
+from echorl_nemo.report.logger import RunLogger, ShownRollouts, read_lines
 from echorl_nemo.report.page import write_report
-from echorl_nemo.rollout.batch import RolloutBatch
 
 
 class Recorder:
@@ -40,18 +37,18 @@ class Recorder:
         self,
         step: int,
         metrics: dict[str, float],
-        batch: RolloutBatch,
-        step_ids: Tensor,
+        shown: ShownRollouts | None,
         pieces: Callable[[list[int]], list[str]],
         failures: Sequence[dict[str, str]] = (),
     ) -> None:
-        """Record a training step, its rollouts if they are due, and the verdicts that were not reached. Metrics that
-        are not finite are left out, since JSON has no such numbers."""
+        """Record a training step, the rollouts to show if there are some, and the verdicts that were not reached.
+        ``pieces`` gives the text of each token. Metrics that are not finite are left out, since JSON has no such
+        numbers."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.logger.metrics(step, metrics)
         self.logger.failures(step, failures)
-        if self.logger.keeps_rollouts(step, last=step == self.steps - 1):
-            self.logger.rollouts(step, batch, step_ids, pieces)
+        if shown is not None:
+            self.logger.rollouts(step, shown, pieces)
         self.console.step(step, metrics)
         self._history.append(metrics)
         stop_bias = stop_bias_warning(self._history)

@@ -1,7 +1,7 @@
 """The batch of rollouts that the phases of a training step pass on.
 
-It is in host memory, and every rank holds the whole batch, so that advantages and EchoClips are computed from the same
-numbers everywhere. Generation, scoring and updates split it over data-parallel ranks internally.
+It is in host memory. Each data-parallel rank holds the rollouts of the groups that it trains on; what must be known of
+all rollouts of a step is gathered as columns, a value or a few for each rollout.
 
 Shapes: N rollouts, S positions (longest prompt and response of the batch).
 """
@@ -115,3 +115,34 @@ def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
 def pad_columns(values: Tensor, width: int) -> Tensor:
     """``values`` [N, S] padded with 0 or False on the right to ``width`` columns."""
     return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+
+def rows_of_groups(batch: RolloutBatch, groups: Sequence[int]) -> Tensor:
+    """The rows of ``batch`` whose group is among ``groups``, ascending."""
+    return torch.isin(batch.group_ids, torch.tensor(list(groups), dtype=batch.group_ids.dtype)).nonzero()[:, 0]
+
+
+def in_order(parts: Sequence[RolloutBatch], groups: Sequence[int]) -> RolloutBatch:
+    """The rollouts of ``parts`` as one batch in the order of their groups in ``groups``."""
+    batch = concatenate(parts)
+    place = {group: number for number, group in enumerate(groups)}
+    order = torch.tensor([place[group] for group in batch.group_ids.tolist()], dtype=torch.long).argsort(stable=True)
+    return batch.select(order)
+
+
+def blank_rollouts(like: RolloutBatch, count: int) -> RolloutBatch:
+    """``count`` rollouts of one token with empty masks and no weights, with the fields of ``like``: a forward and
+    backward over them changes no gradient."""
+    width = max(1, like.tokens.shape[1])
+    changed: dict[str, object] = {}
+    for spec in fields(like):
+        value = getattr(like, spec.name)
+        if isinstance(value, Tensor):
+            shape = (count, width) if value.dim() == 2 else (count,)
+            changed[spec.name] = torch.zeros(shape, dtype=value.dtype)
+        elif isinstance(value, list):
+            changed[spec.name] = [value[0]] * count if value else []
+        elif isinstance(value, dict):
+            changed[spec.name] = {name: torch.zeros(count, dtype=part.dtype) for name, part in value.items()}
+    changed["lengths"] = torch.ones(count, dtype=torch.long)
+    return replace(like, **changed)  # type: ignore[arg-type]

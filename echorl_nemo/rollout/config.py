@@ -6,6 +6,7 @@ from typing import Any
 from echorl_nemo.errors import UserError
 from echorl_nemo.ops.ranges import check_fields, choice, number
 
+LONGEST_MINUTES = 100000
 ENGINES = ("megatron", "trtllm", "vllm")
 
 
@@ -36,6 +37,10 @@ class TrtllmConfig:
     """Time limit of one call of the engine: its start, all rollouts of a step, one part of the weights. After it the
     engine is restarted. It must be less than `trainer.timeout_minutes`, the time that other ranks wait."""
 
+    request_minutes: float | None = number(None, "(0, 100000]", "null is off")
+    """Time limit of one rollout, from when a step asks for it: then it ends with the tokens that it has, truncated, so
+    that the longest rollout does not cost a step. It must be less than `timeout_minutes`. Null is off."""
+
     max_waiting_tokens: int = number(1 << 26, "[1, 1000000000000]")
     """Largest number of tokens whose entropies wait in a worker to be collected, 24 bytes each; more is an error."""
 
@@ -43,7 +48,15 @@ class TrtllmConfig:
     """Further arguments of AsyncLLM, which override others. Those under which entropies would be wrong are refused."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "rollout.trtllm", error=UserError)
+        more = []
+        limit, whole = self.request_minutes, self.timeout_minutes
+        numbers = all(isinstance(value, (int, float)) for value in (limit, whole))
+        if numbers and whole <= limit <= LONGEST_MINUTES:  # type: ignore[operator]  # both are numbers
+            more.append(
+                f"rollout.trtllm.request_minutes={limit:g}: the whole generation ends after "
+                f"rollout.trtllm.timeout_minutes={whole:g}; use less, or raise that"
+            )
+        check_fields(self, "rollout.trtllm", more, error=UserError)
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,11 @@ class Ranks(Protocol):
         """The objects of all ranks in one list, in rank order."""
         ...
 
+    def exchange_rollouts(self, held: RolloutBatch | None, groups: Sequence[int]) -> RolloutBatch:
+        """This rank's part of the rollouts, in the order of ``groups``, the ids of all. ``held``: all rollouts on the
+        main rank; None on others."""
+        ...
+
     def barrier(self) -> None:
         """Wait until every rank calls this."""
         ...
@@ -61,9 +66,9 @@ class RolloutEngine(Protocol):
 
         ``temperature`` overrides the configured one; 0 takes the likeliest token.
 
-        The same ``seed`` gives the same rollouts whatever the parallel layout and batch size. Every rank gets the
-        whole batch. All fields up to ``rows`` are filled in, and ``rollout_logprobs`` and ``entropies`` if the engine
-        knows them.
+        The same ``seed`` gives the same rollouts whatever the parallel layout and batch size. Each rank gets those of
+        its part of the prompts, a consecutive one, which may be empty. All fields up to ``rows`` are filled in, and
+        ``rollout_logprobs`` and ``entropies`` if the engine knows them.
         """
         ...
 

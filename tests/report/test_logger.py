@@ -6,7 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from echorl_nemo.report.config import LoggerConfig
-from echorl_nemo.report.logger import RunLogger, read_lines
+from echorl_nemo.report.logger import RunLogger, ShownRollouts, read_lines
 from echorl_nemo.rollout.batch import RolloutBatch
 
 
@@ -48,7 +48,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "reward": null, "x": 1.0}\n'
 
 
-def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
+def test_rollouts_are_written_with_all_that_the_report_shows(tmp_path: Path) -> None:
     clip = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
     batch = RolloutBatch(
         tokens=torch.arange(18).view(6, 3),
@@ -65,7 +65,8 @@ def test_the_first_groups_are_kept_whole(tmp_path: Path) -> None:
         clip_weight=clip,
     )
     logger = RunLogger(tmp_path, LoggerConfig(tensorboard=False, groups=2), first_step=0)
-    logger.rollouts(4, batch, torch.tensor([[-1, 0, 1]] * 6), lambda ids: [str(i) for i in ids])
+    shown = ShownRollouts(batch.select([0, 1, 2, 5]), torch.tensor([[-1, 0, 1]] * 4))
+    logger.rollouts(4, shown, lambda ids: [str(i) for i in ids])
     rows = read_lines(tmp_path / "rollouts.jsonl")
     assert [(row["group"], row["prompt"]) for row in rows] == [(7, "a"), (7, "b"), (9, "c"), (9, "f")]
     assert rows[1]["clip"] == [1, 0] and rows[0]["clip"] == [0, 0] and rows[0]["reward_parts"] == {"math": 1.0}

@@ -26,6 +26,8 @@ class Behaviour:
     chunk_tokens: int = 5
     """Prompt tokens of a request that one step prefills."""
     max_active: int = 64
+    step_seconds: float = 0.0
+    """Time that a step takes."""
     overlap: bool = True
     pause: float = 0.0
     """Probability for each step that a running request is paused."""
@@ -299,10 +301,16 @@ class PyExecutor:
             if stop or len(request.response) >= request.parameters.max_tokens:
                 self.finish(request, "stop" if stop else "length")
 
+    def cancel(self, request: LlmRequest) -> None:
+        """A request that has begun is answered as it is; one that waits is dropped without an answer."""
+        if any(other is request for other in self.waiting):
+            self.waiting = [other for other in self.waiting if other is not request]
+        elif request.finish_reason is None:
+            self.finish(request, "cancelled")
+
     def finish(self, request: LlmRequest, reason: str) -> None:
         request.finish_reason = reason
         self.active = [other for other in self.active if other is not request]
-        self.waiting = [other for other in self.waiting if other is not request]
         request.done.set()
 
     def _pause_one(self) -> None:

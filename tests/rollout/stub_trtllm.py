@@ -121,8 +121,7 @@ class RequestOutput:
         return self
 
     def abort(self) -> None:
-        if self._request.finish_reason is None:
-            self._llm.worker.engine.finish(self._request, "cancelled")
+        self._llm.worker.engine.cancel(self._request)
 
 
 ARGUMENTS = {
@@ -198,7 +197,7 @@ class AsyncLLM:
                 await asyncio.Event().wait()
             engine.step()
             self.steps += 1
-            await asyncio.sleep(0)
+            await asyncio.sleep(stub_executor.BEHAVIOUR.step_seconds)
 
     async def collective_rpc(
         self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,

@@ -14,7 +14,9 @@ from torch import Tensor
 from echorl_nemo.data.prompts import Prompt
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.errors import UserError
+from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.rollout.config import RolloutConfig, TrtllmConfig
+from echorl_nemo.rollout.engine import EngineError
 from echorl_nemo.rollout.trtllm.api import load_api
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.rollout.trtllm.transfer import weight_buckets
@@ -32,6 +34,10 @@ class OneRank:
 
     def all_gather_objects(self, mine: Sequence[Any]) -> list[Any]:
         return list(mine)
+
+    def exchange_rollouts(self, held: RolloutBatch | None, groups: Sequence[int]) -> RolloutBatch:
+        assert held is not None
+        return held
 
     def barrier(self) -> None: ...
 
@@ -103,6 +109,43 @@ def test_stop_tokens_are_kept_and_the_rest_is_truncated(tiny_chain: Path) -> Non
         assert torch.equal(batch.finished, torch.isin(last, torch.tensor(made.tokenizer.stop_ids)))
         assert batch.finished.any() and not batch.finished.all()
         assert (batch.response_lengths[~batch.finished] == 20).all()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_late_rollouts_come_back_truncated(
+    tiny_chain: Path, generation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that the engine has begun with their tokens, those that wait in its queue without."""
+    monkeypatch.setattr("echorl_nemo.rollout.trtllm.transfer.ABORT_SECONDS", 0.2)
+    slow = Behaviour(max_active=9, step_seconds=0.05)
+    with stub_trtllm.install(slow, **GENERATIONS[generation]):
+        made = engine(tiny_chain, trtllm=TrtllmConfig(request_minutes=0.5 / 60))
+        batch = made.generate(prompts(made), 4, seed=0)
+        model = AsyncLLM.created[0].worker.engine.model_engine.model
+        assert made.waiting_tokens() == 0
+        made.close()
+    lengths = batch.response_lengths
+    late = ~batch.finished & (lengths < 20)
+    assert (lengths[late] > 0).any() and (lengths == 0).any() and not batch.finished[lengths == 0].any()
+    assert [batch.responses[i] for i in (lengths == 0).nonzero()[:, 0].tolist()] == [""] * int((lengths == 0).sum())
+    with torch.no_grad():
+        logs = model(batch.tokens).logits[:, :-1].double().log_softmax(dim=-1)
+    mask = batch.response_mask[:, 1:]
+    assert batch.entropies is not None and batch.rollout_logprobs is not None
+    entropies = -(logs.exp() * logs).sum(dim=-1)
+    assert (batch.entropies[:, 1:].double() - entropies)[mask].abs().max() < 1e-5
+    expected = logs.gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    assert (batch.rollout_logprobs[:, 1:].double() - expected)[mask].abs().max() < 1e-5
+    assert f"{int(late.sum())} rollouts took longer than rollout.trtllm.request_minutes=" in caplog.text
+
+
+def test_an_engine_that_gives_no_token_in_time_has_failed(tiny_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echorl_nemo.rollout.trtllm.transfer.ABORT_SECONDS", 0.1)
+    with stub_trtllm.install(Behaviour(hangs_after=10)):
+        made = engine(tiny_chain, trtllm=TrtllmConfig(request_minutes=0.2 / 60))
+        with pytest.raises(EngineError, match=r"no rollout has a token after .* \(rollout.trtllm.request_minutes\)"):
+            made.generate(prompts(made), 2, seed=0)
+        made.close()
 
 
 def test_another_temperature_keeps_no_numbers_that_are_not_its_own(tiny_chain: Path) -> None:

@@ -35,13 +35,16 @@ def run_rank(
     kinds = {"right rollouts": rollouts.select(right.nonzero()[:, 0])}
     kinds["wrong rollouts"] = rollouts.select((~right).nonzero()[:, 0])
     if data.solutions:
-        kinds = {"golden solutions": golden_batch(data, tokenizer), **kinds}
+        golden = golden_batch(data, tokenizer)
+        kinds = {"golden solutions": golden.select(list(model.parallel.data_shard(len(golden)))), **kinds}
     profiles = {}
     for name, batch in kinds.items():
-        if len(batch):
-            _, entropies = scorer.score(batch)
-            steps = segment_steps(batch.tokens, batch.response_mask, ends)
-            profiles[name] = entropy_profile(entropies, steps, reduction=config.analysis.step_reduction)
+        _, batch.entropies = scorer.score(batch)
+        whole = model.parallel.gather_on_main(batch)
+        if whole is not None and len(whole):
+            assert whole.entropies is not None
+            steps = segment_steps(whole.tokens, whole.response_mask, ends)
+            profiles[name] = entropy_profile(whole.entropies, steps, reduction=config.analysis.step_reduction)
     if not model.parallel.is_main:
         return
     out = Path(config.analysis.out)

@@ -23,6 +23,9 @@ NO_MEMBER = -1
 def with_experts(batch: RolloutBatch, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> RolloutBatch:
     """``batch``, whose rollouts are those of ``prompts`` in order, with the solution of each prompt as the last rollout
     of its group. It is finished, and marked in `RolloutBatch.expert`."""
+    batch.expert = torch.zeros(len(batch), dtype=torch.bool)
+    if not prompts:
+        return batch
     responses = [[*tokenizer.encode_solution(prompt.solution)] for prompt in prompts]
     lengths = torch.tensor([len(p.tokens) + len(r) for p, r in zip(prompts, responses, strict=True)])
     tokens = torch.full((len(prompts), int(lengths.max())), tokenizer.pad_id)
@@ -45,7 +48,6 @@ def with_experts(batch: RolloutBatch, prompts: Sequence[Prompt], tokenizer: Toke
         entropies=None if batch.entropies is None else unknown.clone(),
         expert=torch.ones(len(prompts), dtype=torch.bool),
     )
-    batch.expert = torch.zeros(len(batch), dtype=torch.bool)
     size = len(batch) // len(prompts)
     order = [row for n in range(len(prompts)) for row in (*range(n * size, (n + 1) * size), len(batch) + n)]
     return concatenate([batch, experts]).select(order)
@@ -68,7 +70,7 @@ def with_hints(
 def mark_hints(batch: RolloutBatch, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> None:
     """Fill in `RolloutBatch.hint_mask`, and put the text of each hint in front of its responses: a verifier reads the
     solution as a whole."""
-    size = len(batch) // len(prompts)
+    size = len(batch) // max(1, len(prompts))
     ends = torch.tensor([len(prompt.tokens) for prompt in prompts]).repeat_interleave(size)
     hints = torch.tensor([prompt.hint for prompt in prompts]).repeat_interleave(size)
     positions = torch.arange(batch.tokens.shape[1])

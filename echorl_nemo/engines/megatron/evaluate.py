@@ -19,7 +19,7 @@ from echorl_nemo.engines.megatron import checkpoint
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import PolicyModel, build_model
 from echorl_nemo.engines.megatron.model_check import check_model
-from echorl_nemo.engines.megatron.parallel import initialize
+from echorl_nemo.engines.megatron.parallel import Parallel, initialize
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.engines.megatron.scorer import MegatronScorer
 from echorl_nemo.engines.megatron.verify import verify_rollouts
@@ -41,10 +41,11 @@ def run_rank(
     prints a table."""
     settings = config.evaluation
     model = load_model(config, tokenizer, data, platform)
-    done = verified_rollouts(config, model, tokenizer, data, Path(settings.out), closers)
-    batch, failures = done.batch, done.failures
-    if not model.parallel.is_main:
+    mine = verified_rollouts(config, model, tokenizer, data, Path(settings.out), closers)
+    done = gather_verified(mine, model.parallel)
+    if done is None:
         return
+    batch, failures = done.batch, done.failures
     right = done.correct.view(len(data), settings.samples)
     scores = score_problems(
         right.tolist(),
@@ -90,7 +91,7 @@ def load_model(config: EvaluateConfig, tokenizer: Tokenizer, data: PromptData, p
 
 @dataclass(frozen=True)
 class VerifiedRollouts:
-    """The rollouts of an evaluation with their verdicts. The rollouts of a problem are in consecutive rows."""
+    """Rollouts of an evaluation with their verdicts. The rollouts of a problem are in consecutive rows."""
 
     batch: RolloutBatch
     correct: Tensor
@@ -108,8 +109,8 @@ def verified_rollouts(
     out: Path,
     closers: ExitStack,
 ) -> VerifiedRollouts:
-    """Generate and verify `evaluation.samples` rollouts of each problem. Shows a progress bar on a terminal, and writes
-    a heartbeat file to the folder of ``out``."""
+    """Generate and verify `evaluation.samples` rollouts of each problem; return those of this rank. Shows a progress
+    bar on a terminal, and writes a heartbeat file to the folder of ``out``."""
     settings = config.evaluation
     engine = MegatronRolloutEngine(model, tokenizer, config.rollout)
     verifiers = VerifierPool(
@@ -131,6 +132,16 @@ def verified_rollouts(
     watchdog.heartbeat("done")
     batch = concatenate(parts)
     return VerifiedRollouts(batch, correct_rollouts(batch), failures, verifiers)
+
+
+def gather_verified(mine: VerifiedRollouts, parallel: Parallel) -> VerifiedRollouts | None:
+    """On the main rank the rollouts of all ranks, in the order of the problems; None on others."""
+    failures = parallel.gather_objects_on_main(mine.failures)
+    whole = parallel.gather_on_main(mine.batch)
+    if whole is None:
+        return None
+    whole = whole.select(whole.group_ids.argsort(stable=True))
+    return VerifiedRollouts(whole, correct_rollouts(whole), failures, mine.verifiers)
 
 
 def correct_rollouts(batch: RolloutBatch) -> Tensor:

@@ -45,7 +45,8 @@ class MegatronRolloutEngine:
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, temperature: float | None = None
     ) -> RolloutBatch:
         """See `RolloutEngine.generate`."""
-        rows = [(prompts[i], member) for i in self.parallel.replica_shard(len(prompts)) for member in range(group_size)]
+        shard = self.parallel.generation_shard(len(prompts))
+        rows = [(prompts[i], member) for i in shard for member in range(group_size)]
         by_length = sorted(
             range(len(rows)), key=lambda i: len(rows[i][0].tokens)
         )  # so that a batch has similar lengths
@@ -62,11 +63,13 @@ class MegatronRolloutEngine:
                 part = _Decoding(self, mine_here, seed, heat).run()
                 if number < batches:
                     parts.append(part)
-        mine = None
+        mine = _no_rollouts()
         if parts:
             back_in_order = torch.tensor(by_length).argsort()
             mine = concatenate(parts).select(back_in_order)
-        return self.parallel.gather_rollouts(mine)
+        if self.parallel.context_size == 1:
+            return mine
+        return self.parallel.exchange_rollouts(mine, [prompt.group_id for prompt in prompts])
 
     def update_weights(self, policy: WeightSource) -> None:
         """Does nothing: the weights are the policy's own."""
@@ -79,6 +82,20 @@ class MegatronRolloutEngine:
 
     def close(self) -> None:
         """Does nothing: this engine starts no process."""
+
+
+def _no_rollouts() -> RolloutBatch:
+    """What a replica generates that has no prompt."""
+    integers, flags = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    return RolloutBatch(
+        tokens=integers.view(0, 0),
+        response_mask=flags.view(0, 0),
+        lengths=integers,
+        finished=flags,
+        group_ids=integers,
+        rollout_logprobs=torch.zeros(0, 0),
+        entropies=torch.zeros(0, 0),
+    )
 
 
 @contextmanager

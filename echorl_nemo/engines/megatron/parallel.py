@@ -12,7 +12,8 @@ from torch import Tensor
 
 from echorl_nemo.engines.megatron.platform import Platform
 from echorl_nemo.errors import SharedError, UserError
-from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate, in_order, rows_of_groups
+from echorl_nemo.rollout.exchange import broadcast_bytes, exchange_bytes, pack_rollouts, unpack_rollouts
 from echorl_nemo.schema import ParallelConfig
 
 T = TypeVar("T")
@@ -38,6 +39,11 @@ class Parallel:
     """All ranks, over gloo, for data in host memory."""
     replica_host_group: dist.ProcessGroup
     """The ranks of `replica_group`, over gloo."""
+    data_host_group: dist.ProcessGroup
+    """The ranks of `data_group`, over gloo."""
+    share_host_group: dist.ProcessGroup
+    """The ranks that hold the same rollouts, over gloo: `tensor` x `pipeline` x `context` of them. The first one sends
+    and receives rollouts for all."""
     last_stage_rank: int
     """Global rank of the first tensor-parallel rank on this replica's last pipeline stage, which has the logits."""
     context_rank: int
@@ -55,6 +61,21 @@ class Parallel:
     def is_main(self) -> bool:
         """Whether this is the main rank, rank 0, which writes the files and prints."""
         return dist.get_rank() == 0
+
+    @property
+    def rows_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the other rollouts of a step, over gloo; None if this rank holds them all."""
+        return self.data_host_group if self.data_size > 1 else None
+
+    @property
+    def share_rank(self) -> int:
+        """This rank's place among those that hold the same rollouts."""
+        return dist.get_rank(self.share_host_group)
+
+    @property
+    def share_size(self) -> int:
+        """Number of ranks that hold the same rollouts."""
+        return dist.get_world_size(self.share_host_group)
 
     def broadcast_from_last_stage(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Send ``value`` from `last_stage_rank` to every rank of the replica, and return it. Other ranks pass None."""
@@ -93,28 +114,94 @@ class Parallel:
         """Wait until every rank of the run calls this."""
         dist.barrier(group=self.host_group)
 
-    def all_gather_over_replicas(self, mine: Any) -> list[Any]:
-        """The objects of all replicas in one list, in their order. All ranks of a replica must pass the same object."""
-        gathered: list[Any] = [None] * self.replica_size
-        dist.all_gather_object(gathered, mine, group=self.replica_host_group)
-        return gathered
-
     def max_over_replicas(self, mine: int) -> int:
         """The largest number of all replicas if `lockstep` is set; otherwise ``mine``, without communication."""
-        return max(self.all_gather_over_replicas(mine)) if self.lockstep else mine
+        if not self.lockstep:
+            return mine
+        largest = torch.tensor([mine])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.replica_host_group)
+        return int(largest)
 
-    def gather_rollouts(self, mine: RolloutBatch | None) -> RolloutBatch:
-        """The rollouts of all replicas in one batch, in their order. A replica without rollouts passes None."""
-        return concatenate([part for part in self.all_gather_over_replicas(mine) if part is not None])
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over the ranks that hold the other rollouts."""
+        if self.data_size == 1:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.data_host_group)
+        result: list[float] = total.tolist()
+        return result
 
-    def replica_shard(self, count: int) -> range:
-        """The indices of this replica's part of ``count`` items. The parts are consecutive; if ``count`` does not
-        divide, the first replicas have one item more."""
-        return _shard(count, self.replica_rank, self.replica_size)
+    def gather_objects_on_main(self, mine: Sequence[Any]) -> list[Any]:
+        """On the main rank the objects of all rollouts, in their order; an empty list on others. All ranks that hold
+        the same rollouts must pass the same objects, of which one is sent."""
+        gathered: list[Any] | None = [None] * dist.get_world_size(self.host_group) if self.is_main else None
+        own = list(mine) if self.share_rank == 0 else []
+        dist.gather_object((self.data_rank, own), gathered, dst=0, group=self.host_group)
+        by_rank = sorted(gathered or [], key=lambda part: part[0])
+        return [item for _, part in by_rank for item in part]
 
     def data_shard(self, count: int) -> range:
-        """As `replica_shard`, but the ranks of a context group have the same part."""
+        """The indices of this rank's part of ``count`` groups of rollouts. The parts are consecutive; if ``count`` does
+        not divide, the first have one more. All ranks of `share_host_group` have the same part."""
         return _shard(count, self.data_rank, self.data_size)
+
+    def generation_shard(self, count: int) -> range:
+        """The indices of this replica's part of ``count`` groups: the ranks of a context group divide their
+        `data_shard` among them."""
+        whole = self.data_shard(count)
+        own = _shard(len(whole), self.context_rank, self.context_size)
+        return range(whole.start + own.start, whole.start + own.stop)
+
+    def exchange_rollouts(self, held: RolloutBatch | None, groups: Sequence[int]) -> RolloutBatch:
+        """Send every rollout to the ranks that train on its group. Returns this rank's, in the order of ``groups``.
+
+        ``held``: the rollouts that this replica holds; None if it holds none and does not know their fields.
+        ``groups``: the ids of all groups to train on, in their order, the same on every rank; `data_shard` divides
+        them. Other rollouts are dropped.
+
+        Only the first rank of each replica sends, to the first of each `share_host_group`, which passes them on.
+        """
+        mine: RolloutBatch | None = None
+        if dist.get_rank(self.model_group) == 0:
+            received = self._exchange(held, groups)
+            mine = in_order(received, groups) if self.context_rank == 0 else None
+        return self._broadcast_in_share(mine)
+
+    def _exchange(self, held: RolloutBatch | None, groups: Sequence[int]) -> list[RolloutBatch]:
+        """The parts of this rank's rollouts that the first ranks of all replicas hold."""
+        parts = [b""] * self.data_size
+        own: RolloutBatch | None = None
+        if held is not None:
+            for data_rank in range(self.data_size):
+                wanted = [groups[i] for i in _shard(len(groups), data_rank, self.data_size)]
+                part = held.select(rows_of_groups(held, wanted))
+                if data_rank == self.data_rank and self.context_rank == 0:
+                    own = part
+                else:
+                    parts[data_rank] = pack_rollouts(part)
+        blobs = exchange_bytes(parts, self.replica_host_group, [d * self.context_size for d in range(self.data_size)])
+        return [batch for batch in (own, *map(unpack_rollouts, blobs)) if batch is not None]
+
+    def _broadcast_in_share(self, mine: RolloutBatch | None) -> RolloutBatch:
+        if self.share_size == 1:
+            assert mine is not None
+            return mine
+        data = broadcast_bytes(pack_rollouts(mine) if self.share_rank == 0 else None, self.share_host_group)
+        if self.share_rank == 0:
+            assert mine is not None
+            return mine
+        return unpack_rollouts(data)
+
+    def gather_on_main(self, mine: RolloutBatch) -> RolloutBatch | None:
+        """On the main rank the rollouts of all ranks, in their order; None on others. Meant for few rollouts: the main
+        rank must have memory for all of them."""
+        if dist.get_rank(self.model_group) != 0:
+            return None
+        parts = [b""] * self.data_size
+        if self.context_rank == 0 and not self.is_main:
+            parts[0] = pack_rollouts(mine)
+        blobs = exchange_bytes(parts, self.replica_host_group, [d * self.context_size for d in range(self.data_size)])
+        return concatenate([mine, *map(unpack_rollouts, blobs)]) if self.is_main else None
 
 
 def _shard(count: int, rank: int, size: int) -> range:
@@ -153,6 +240,8 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         host_group=dist.new_group(backend="gloo", timeout=timeout),
         replica_host_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
+        data_host_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=False),
+        share_host_group=_share_group(timeout),
         last_stage_rank=last_stage_rank,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
@@ -164,3 +253,16 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
         is_first_stage=first,
         is_last_stage=last,
     )
+
+
+def _share_group(timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks with this rank's data-parallel rank, over gloo."""
+    own = torch.tensor([parallel_state.get_data_parallel_rank()])
+    ranks = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    everyone = dist.new_group(backend="gloo", timeout=timeout)
+    dist.all_gather(ranks, own, group=everyone)
+    groups = {}
+    for data_rank in range(parallel_state.get_data_parallel_world_size()):  # every rank must create every group
+        members = [rank for rank, of in enumerate(ranks) if int(of) == data_rank]
+        groups[data_rank] = dist.new_group(members, backend="gloo", timeout=timeout)
+    return groups[int(own)]

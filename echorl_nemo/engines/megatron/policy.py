@@ -16,10 +16,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from echorl_nemo.echo import EchoRLConfig, clip_denominator, clip_loss
+from echorl_nemo.echo.rows import Rows
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.scorer import MegatronScorer, MicroBatch
 from echorl_nemo.grpo import AlgoConfig, LossInputs, StepTotals, policy_loss
-from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.batch import RolloutBatch, rows_of_groups
 from echorl_nemo.schema import TrainerConfig
 
 METRICS = (
@@ -155,13 +156,15 @@ class MegatronPolicy(MegatronScorer):
             yield name, weight.detach().contiguous()
 
     def update(self, batch: RolloutBatch, *, clip_coef: float | None = None) -> UpdateResult:
-        """Take one optimizer step on each mini-batch of whole groups. ``clip_coef``: the weight of the clip loss in
-        this training step; `echorl.coef` if None.
+        """Take one optimizer step on each mini-batch of whole groups. ``batch``: this rank's rollouts; the groups of
+        the step are those of all ranks, in their order. ``clip_coef``: the weight of the clip loss in this training
+        step; `echorl.coef` if None.
 
         A step is not taken if loss or gradient norm are not finite, nor if the gradient is 0: then there is nothing to
         learn, and Adam's momentum and the weight decay would still change the weights.
         """
-        groups = list(dict.fromkeys(batch.group_ids.tolist()))
+        rows = Rows(len(batch), torch.device("cpu"), self.parallel.rows_group)
+        groups = list(dict.fromkeys(rows.gather(batch.group_ids).tolist()))
         count = self.trainer.prompts_per_step // self.trainer.minibatch_prompts
         coef = self.echorl.coef if clip_coef is None else clip_coef
         taken: list[dict[str, float]] = []
@@ -177,15 +180,9 @@ class MegatronPolicy(MegatronScorer):
         return UpdateResult(metrics, refused)
 
     def _optimizer_step(self, batch: RolloutBatch, groups: list[int], clip_coef: float) -> dict[str, float]:
-        member = torch.isin(batch.group_ids, torch.tensor(groups))
-        batch = batch.select(member.nonzero()[:, 0])
+        batch = batch.select(rows_of_groups(batch, groups))
         counts = self._counts(batch)
-        own = torch.tensor(groups[self.parallel.data_rank :: self.parallel.data_size], dtype=torch.long)
-        rows = torch.isin(batch.group_ids, own).nonzero()[:, 0].tolist()
-        filling, idle_row = self._padding_rows(len(rows)), len(batch)
-        rows += range(len(batch), len(batch) + filling)
-        if filling or self.parallel.lockstep:
-            batch = concatenate([batch, _without_loss(batch.select([0] * max(1, filling)))])
+        batch, rows, idle_row = self._filled(batch)
         micro_rows = self._micro_batches(batch, rows)
         micro_rows += self._idle_micro_batches(len(micro_rows), row=idle_row)
 
@@ -216,23 +213,24 @@ class MegatronPolicy(MegatronScorer):
         return grad_norm
 
     def _counts(self, batch: RolloutBatch) -> StepCounts:
-        clip = torch.zeros(())
-        if batch.clip_weight is not None:
-            clip = clip_denominator(
-                batch.clip_weight,
-                batch.response_mask,
-                self.echorl.normalizer,
-                constant=float(self.trainer.minibatch_prompts * self.echorl.constant_length),
-            )
+        """The denominators over the rollouts of all ranks."""
         assert batch.counted is not None
-        totals = StepTotals(
-            rollouts=float(batch.counted.sum()),
-            tokens=float(batch.response_mask[batch.counted].sum()),
-            response_tokens=float(batch.response_mask.sum()),
-            mastered=0.0 if batch.mastered is None else float(batch.mastered.sum()),
+        clip = 0.0
+        if batch.clip_weight is not None:
+            share = self.trainer.minibatch_prompts * self.echorl.constant_length / self.parallel.data_size
+            mask, normalizer = batch.response_mask, self.echorl.normalizer
+            clip = float(clip_denominator(batch.clip_weight, mask, normalizer, constant=share))
+        own = (
+            float(batch.counted.sum()),
+            float(batch.response_mask[batch.counted].sum()),
+            float(batch.response_mask.sum()),
+            0.0 if batch.mastered is None else float(batch.mastered.sum()),
+            clip,
+            0.0 if batch.hint_mask is None else float(batch.hint_mask.sum()),
         )
-        hints = 0.0 if batch.hint_mask is None else float(batch.hint_mask.sum())
-        return StepCounts(totals, float(clip), hints)
+        rollouts, tokens, response_tokens, mastered, clip, hints = self.parallel.sum_over_data(own)
+        totals = StepTotals(rollouts=rollouts, tokens=tokens, response_tokens=response_tokens, mastered=mastered)
+        return StepCounts(totals, clip, hints)
 
     def _loss_of_logits(
         self, counts: StepCounts, clip_coef: float
@@ -289,16 +287,6 @@ def _parameter_groups(state: Any) -> Iterator[dict[str, Any]]:
         yield from state.get("param_groups", [])
         for part in state.values():
             yield from _parameter_groups(part)
-
-
-def _without_loss(batch: RolloutBatch) -> RolloutBatch:
-    """``batch`` with empty masks and no clip weights, so that its forward and backward change no gradient."""
-    batch.response_mask = torch.zeros_like(batch.response_mask)
-    if batch.clip_weight is not None:
-        batch.clip_weight = torch.zeros_like(batch.clip_weight)
-    if batch.hint_mask is not None:
-        batch.hint_mask = torch.zeros_like(batch.hint_mask)
-    return batch
 
 
 def _finalize_without_rescaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

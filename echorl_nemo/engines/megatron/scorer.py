@@ -16,7 +16,7 @@ from torch import Tensor
 from echorl_nemo.engines.megatron.model import PolicyModel
 from echorl_nemo.engines.megatron.zigzag import held_positions, round_up
 from echorl_nemo.ops import logprob_and_entropy
-from echorl_nemo.rollout.batch import RolloutBatch, pad_columns
+from echorl_nemo.rollout.batch import RolloutBatch, blank_rollouts, concatenate, pad_columns
 from echorl_nemo.rollout.packing import PackedRow, pack_bins, pack_row
 
 
@@ -36,7 +36,7 @@ class MicroBatch:
 
 
 class MegatronScorer:
-    """A Megatron-Core model that scores rollouts. Every rank must call its methods with the same whole batch."""
+    """A Megatron-Core model that scores rollouts. Every rank must call its methods, with the rollouts that it holds."""
 
     def __init__(
         self,
@@ -62,26 +62,36 @@ class MegatronScorer:
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens and exact entropies, each [N, S] float32 nats, from the same logits."""
-        own = list(self.parallel.data_shard(len(batch)))
+        count, width = batch.tokens.shape
+        filled, rows, idle_row = self._filled(batch)
         self.model.ddp.eval()
         with torch.no_grad():
-            micro_rows = self._micro_batches(batch, own + [0] * self._padding_rows(len(own)))
-            micro_rows += self._idle_micro_batches(len(micro_rows), row=0)
-            scored = self._run(batch, micro_rows, self._score_logits, forward_only=True)
+            micro_rows = self._micro_batches(filled, rows)
+            micro_rows += self._idle_micro_batches(len(micro_rows), row=idle_row)
+            scored = self._run(filled, micro_rows, self._score_logits, forward_only=True)
         order = [row for rows in micro_rows for row in rows]
-        width = batch.tokens.shape[1]
-        flat = torch.cat([_widened(torch.stack(pair), width) for pair in scored], dim=1) if scored else None
-        table = self.parallel.broadcast_from_last_stage(flat, (2, len(order), width), torch.float32)
-        table = table[:, : len(own)].cpu()  # without the padding rows, which come last
-        result = torch.zeros(2, len(batch), width)
-        for rows, values in self.parallel.all_gather_over_replicas((order[: len(own)], table)):
-            result[:, rows] = values  # the same from each rank of a context group
-        result *= batch.response_mask
+        shape = (2, len(order), filled.tokens.shape[1])
+        flat = torch.cat([_widened(torch.stack(pair), shape[2]) for pair in scored], dim=1) if scored else None
+        table = self.parallel.broadcast_from_last_stage(flat, shape, torch.float32).cpu()
+        result = torch.zeros(2, len(filled), shape[2])
+        result[:, order] = table
+        result = result[:, :count, :width] * batch.response_mask
         return result[0], result[1]
 
+    def _filled(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[int], int]:
+        """``batch`` with blank rollouts behind it; the rows that fill whole micro-batches; and a blank row.
+
+        Pipeline stages exchange micro-batches of one shape, and a replica without rollouts still takes part in every
+        collective.
+        """
+        filling = self._padding_rows(len(batch))
+        rows = list(range(len(batch) + filling))
+        if filling or self.parallel.lockstep:
+            batch = concatenate([batch, blank_rollouts(batch, max(1, filling))])
+        return batch, rows, len(batch) - 1
+
     def _padding_rows(self, rows: int) -> int:
-        """Number of rows to add to ``rows`` so that they fill whole micro-batches: pipeline stages exchange
-        micro-batches of one shape, and a replica without rollouts still takes part in every collective."""
+        """Number of rows to add to ``rows`` so that they fill whole micro-batches, at least one."""
         size = 1 if self.pack_tokens else self.micro_batch_size
         return -rows % size if rows else size
 

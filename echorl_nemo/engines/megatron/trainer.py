@@ -12,6 +12,8 @@ from echorl_nemo.data.prompts import PromptData
 from echorl_nemo.data.tokenizer import Tokenizer
 from echorl_nemo.echo import clip_coefficient, count_steps_before, segment_steps, select_clips
 from echorl_nemo.echo.config import needs_steps_before
+from echorl_nemo.echo.rows import Rows
+from echorl_nemo.engines.megatron.columns import Columns, gather_columns, join_columns
 from echorl_nemo.engines.megatron.demonstrations import mark_hints, with_experts, with_hints
 from echorl_nemo.engines.megatron.parallel import Parallel
 from echorl_nemo.engines.megatron.policy import MegatronPolicy
@@ -27,7 +29,7 @@ from echorl_nemo.grpo import (
 from echorl_nemo.grpo.degenerate import FIRST_COLLAPSE_THRESHOLD, collapse_rate, next_collapse_threshold
 from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool
-from echorl_nemo.rollout.batch import RolloutBatch, concatenate
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate, rows_of_groups
 from echorl_nemo.rollout.engine import RolloutEngine
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
@@ -42,17 +44,15 @@ class StepResult:
 
     metrics: dict[str, float]
     batch: RolloutBatch
-    """The rollouts that the policy was trained on."""
-    step_ids: Tensor
-    """[N, S] int64: the step of each response token, from `segment_steps`."""
+    """The rollouts of this rank that the policy was trained on."""
     skipped: str
     """What was not finite, so that all or some of the mini-batches were not learnt from; empty if all were."""
 
 
 @dataclass
 class Trainer:
-    """Runs training steps with a policy, a rollout engine and verifiers. Every rank must call each method with the same
-    arguments."""
+    """Runs training steps with a policy, a rollout engine and verifiers. Every rank must call each method. A batch that
+    a method takes or returns holds the rollouts of this rank; metrics are those of all ranks."""
 
     config: RunConfig
     policy: MegatronPolicy
@@ -65,7 +65,8 @@ class Trainer:
     boundary_ids: tuple[int, ...]
     watchdog: Watchdog
     failures: list[dict[str, str]] = field(default_factory=list)
-    """Verdicts that were not reached in the latest step, each with prompt, answer, verifier and failure."""
+    """On the main rank the verdicts that were not reached in the latest step, each with prompt, answer, verifier and
+    failure."""
     steps_done: int = 0
     """Training steps completed so far, by which `echorl.coef_schedule` goes."""
     fork_threshold: float | None = None
@@ -92,13 +93,14 @@ class Trainer:
         self.failures = []
         self.generated = 0
         batch, metrics = self.roll_out()
+        metrics |= self._count_failures()
         step_ids = segment_steps(batch.tokens, batch.response_mask, self.boundary_ids)
         with self._timed("score"):
             metrics |= self.score(batch)
-        skipped = nonfinite_values(batch, SCORED)
+        skipped = self._nonfinite(batch, SCORED)
         if not skipped:
             self.estimate_advantages(batch)
-            skipped = nonfinite_values(batch, ("advantages",))
+            skipped = self._nonfinite(batch, ("advantages",))
         if not skipped:
             metrics |= self.select_clips(batch, step_ids)
             with self._timed("update"):
@@ -110,8 +112,6 @@ class Trainer:
         elapsed = time.perf_counter() - start
         metrics |= {f"time.{phase}": seconds for phase, seconds in self.seconds.items()}
         metrics |= {
-            "verify.failures": float(len(self.failures)),
-            "verify.timeouts": float(sum(failure["failure"].startswith(TIMED_OUT) for failure in self.failures)),
             "time.step": elapsed,
             "tokens_per_second": self.generated / elapsed,
         }
@@ -119,7 +119,7 @@ class Trainer:
             metrics["memory.peak"] = torch.cuda.max_memory_allocated() / (1 << 30)
         if isinstance(self.rollout, RestartingEngine):
             metrics["rollout.restarts"] = float(self.rollout.restarts)
-        return StepResult(metrics, batch, step_ids, skipped)
+        return StepResult(metrics, batch, skipped)
 
     def close(self) -> None:
         """End the verifiers' processes and the rollout engine."""
@@ -135,30 +135,35 @@ class Trainer:
         algo, wanted = self.config.algo, self.config.trainer.prompts_per_step
         rounds = algo.dynamic_sampling_rounds if algo.dynamic_sampling else 1
         asked: list[RolloutBatch] = []
+        seen: list[Columns] = []
         self.rollout.wake()
         while True:
             asked.append(self._ask(wanted))
-            batch = concatenate(asked)
-            assert batch.rewards is not None
-            effective = effective_groups(batch.rewards, batch.group_ids)
-            count = len(batch.group_ids[effective].unique())
+            seen.append(gather_columns(asked[-1], self.parallel.rows_group))
+            columns = join_columns(seen)
+            effective = effective_groups(columns.rewards, columns.group_ids)
+            count = len(columns.group_ids[effective].unique())
             if count >= wanted or len(asked) >= rounds:
                 break
         self.rollout.sleep()
-        metrics = batch_metrics(batch.select(batch.sampled.nonzero()[:, 0]), self.config.echorl.success_reward)
+        batch, success = concatenate(asked), self.config.echorl.success_reward
+        metrics = batch_metrics(columns.select(columns.sampled), success)
         if not algo.dynamic_sampling:
             return batch, metrics
-        kept = _first_groups(batch.group_ids, effective, wanted)
+        kept = _first_groups(columns.group_ids, effective, wanted)
         if self.config.echorl.enabled:
-            success = self.config.echorl.success_reward
-            kept |= all_success_groups(own_rewards(batch, success), batch.group_ids, success)
+            kept |= all_success_groups(own_rewards(columns, success), columns.group_ids, success)
         if not kept.any():  # keep one group, so that the run goes on with a step that changes nothing
-            kept |= batch.group_ids == batch.group_ids[0]
+            kept |= columns.group_ids == columns.group_ids[0]
         metrics |= {"sampling.rounds": float(len(asked)), "sampling.effective_groups": float(min(count, wanted))}
-        return batch.select(kept.nonzero()[:, 0]), metrics
+        groups = list(dict.fromkeys(columns.group_ids[kept].tolist()))
+        batch = batch.select(rows_of_groups(batch, groups))
+        if self.parallel.data_size > 1:  # each rank trains on as many groups
+            batch = self.parallel.exchange_rollouts(batch if self.parallel.context_rank == 0 else None, groups)
+        return batch, metrics
 
     def _ask(self, count: int) -> RolloutBatch:
-        """Generate and verify rollouts of the next ``count`` prompts."""
+        """Generate and verify rollouts of the next ``count`` prompts; return those of this rank's part of them."""
         seed, algo = self.config.trainer.seed, self.config.algo
         prompts = self.train_data.sequence(self.position, count, seed=seed)
         self.position += count
@@ -166,7 +171,8 @@ class Trainer:
             prompts = with_hints(prompts, self.tokenizer, algo, step=self.steps_done, seed=seed)
         with self._timed("generate"):
             batch = self.rollout.generate(prompts, self.config.rollout.group_size, seed=seed)
-        self.generated += int(batch.response_mask.sum())
+        self.generated += int(self.parallel.sum_over_data([float(batch.response_mask.sum())])[0])
+        prompts = [prompts[i] for i in self.parallel.data_shard(count)]
         if algo.demonstrations == "uft":
             mark_hints(batch, prompts, self.tokenizer)
         elif algo.demonstrations == "luffy":
@@ -191,7 +197,7 @@ class Trainer:
             gaps = self._compare_sample(batch)
         else:
             batch.old_logprobs, entropies = self.policy.score(batch)
-            gaps = engine_gaps(batch, batch.old_logprobs, entropies)
+            gaps = self._engine_gaps(batch, batch.old_logprobs, entropies)
             if batch.expert is not None and batch.rollout_logprobs is not None:  # no engine sampled these
                 batch.rollout_logprobs = torch.where(batch.sampled[:, None], batch.rollout_logprobs, batch.old_logprobs)
             if self.config.echorl.entropy_source == "policy":
@@ -206,9 +212,11 @@ class Trainer:
         share = self.config.rollout.check_share
         if not share:
             return {}
-        count = max(1, round(share * len(batch)))
-        sample = batch.select(torch.linspace(0, len(batch) - 1, count).round().long())
-        return engine_gaps(sample, *self.policy.score(sample))
+        rows = Rows(len(batch), torch.device("cpu"), self.parallel.rows_group)
+        rollouts = len(rows.gather(batch.finished))
+        chosen = torch.linspace(0, rollouts - 1, max(1, round(share * rollouts))).round().long()
+        sample = batch.select(chosen[(chosen >= rows.own.start) & (chosen < rows.own.stop)] - rows.own.start)
+        return self._engine_gaps(sample, *self.policy.score(sample))
 
     def estimate_advantages(self, batch: RolloutBatch) -> None:
         """Fill in the advantages, and which rollouts count in the loss. Rewards are shaped first: by further verifiers,
@@ -223,19 +231,23 @@ class Trainer:
             kl = kl_estimate(batch.old_logprobs, batch.reference_logprobs, estimator=algo.kl_estimator)
             shaped = shaped - algo.kl_coef * torch.where(batch.response_mask, kl, 0.0).sum(dim=1)
         success_reward = self.config.echorl.success_reward
+        rows = Rows(len(batch), torch.device("cpu"), self.parallel.rows_group)
+        shaped, group_ids = rows.gather(shaped), rows.gather(batch.group_ids)
         if algo.degenerate == "avspo":
-            reward, rate = float(shaped.double().mean()), collapse_rate(shaped, batch.group_ids)
+            reward, rate = float(shaped.double().mean()), collapse_rate(shaped, group_ids)
             threshold = next_collapse_threshold(self.collapse_threshold, rate, reward, self.earlier_reward)
             self.collapse_threshold, self.earlier_reward = threshold, reward
         batch.advantages = step_advantages(
             shaped,
-            batch.group_ids,
+            group_ids,
             algo,
-            correct=batch.rewards >= success_reward,
+            correct=rows.gather(batch.rewards >= success_reward),
             success_reward=success_reward,
             entropies=batch.entropies,
             response_mask=batch.response_mask,
             collapse_threshold=self.collapse_threshold,
+            rows=rows.own,
+            data_group=self.parallel.rows_group,
         )
         if algo.anchor != "none":
             batch.mastered = all_success_groups(own_rewards(batch, success_reward), batch.group_ids, success_reward)
@@ -257,12 +269,15 @@ class Trainer:
             finished=batch.finished & batch.sampled,
             group_ids=batch.group_ids,
             config=echorl,
+            data_group=self.parallel.rows_group,
             steps_before=before,
             threshold=self.fork_threshold,
         )
         batch.clip_weight = selection.weight
         self.fork_threshold = selection.next_threshold
-        entropy = float(batch.entropies[batch.response_mask].double().mean()) if batch.response_mask.any() else 0.0
+        inside = batch.entropies[batch.response_mask].double()
+        total, tokens = self.parallel.sum_over_data([float(inside.sum()), float(len(inside))])
+        entropy = total / tokens if tokens else 0.0
         statistics = {f"echorl.{name}": value for name, value in selection.stats.items()}
         return {**statistics, "echorl.coef": clip_coefficient(echorl, step=self.steps_done, entropy=entropy)}
 
@@ -279,14 +294,43 @@ class Trainer:
             temperature=self.config.trainer.eval_temperature,
         )
         self.rollout.sleep()
-        self.failures += verify_rollouts(batch, self.verifiers, self.parallel)
-        assert batch.rewards is not None
-        success = (batch.rewards >= self.config.echorl.success_reward) & batch.finished
+        missed = verify_rollouts(batch, self.verifiers, self.parallel)
+        self.failures += self.parallel.gather_objects_on_main(missed)
+        columns = gather_columns(batch, self.parallel.rows_group)
+        success = (columns.rewards >= self.config.echorl.success_reward) & columns.finished
         return {
             "eval.accuracy": float(success.float().mean()),
-            "eval.response_length": float(batch.response_lengths.float().mean()),
-            "eval.truncated": float((~batch.finished).float().mean()),
+            "eval.response_length": float(columns.response_lengths.float().mean()),
+            "eval.truncated": float((~columns.finished).float().mean()),
         }
+
+    def _count_failures(self) -> dict[str, float]:
+        """Metrics of the step's verdicts that were not reached, which are then collected on the main rank."""
+        timeouts = sum(failure["failure"].startswith(TIMED_OUT) for failure in self.failures)
+        failed, late = self.parallel.sum_over_data([float(len(self.failures)), float(timeouts)])
+        self.failures = self.parallel.gather_objects_on_main(self.failures)
+        return {"verify.failures": failed, "verify.timeouts": late}
+
+    def _nonfinite(self, batch: RolloutBatch, names: Sequence[str]) -> str:
+        """`nonfinite_values` of the first rank that has some, the same on every rank."""
+        found = self.parallel.all_gather_objects([nonfinite_values(batch, names)])
+        return next((sentence for sentence in found if sentence), "")
+
+    def _engine_gaps(self, batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
+        """Differences between the rollout engine's numbers and the policy's scoring pass, over response tokens: the
+        mean absolute difference of log-probs and the largest absolute difference of entropies, nats."""
+        gaps = {}
+        mask = batch.response_mask & batch.sampled[:, None]
+        if batch.rollout_logprobs is not None:
+            difference = (batch.rollout_logprobs - scored_logprobs).abs()[mask].double()
+            total, count = self.parallel.sum_over_data([float(difference.sum()), float(len(difference))])
+            gaps["rollout.logprob_gap"] = total / count if count else 0.0
+        if batch.entropies is not None:
+            difference = (batch.entropies - scored_entropies).abs()[mask]
+            largest = torch.tensor([float(difference.max()) if len(difference) else 0.0])
+            largest = Rows(1, torch.device("cpu"), self.parallel.rows_group).gather(largest)
+            gaps["rollout.entropy_gap"] = float(largest.max())
+        return gaps
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -296,7 +340,7 @@ class Trainer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def own_rewards(batch: RolloutBatch, success_reward: float) -> Tensor:
+def own_rewards(batch: RolloutBatch | Columns, success_reward: float) -> Tensor:
     """[N]: the rewards, with ``success_reward`` for an expert's response, so that it does not decide whether a group
     is all-correct."""
     assert batch.rewards is not None
@@ -327,10 +371,9 @@ def _first_groups(group_ids: Tensor, wanted: Tensor, count: int) -> Tensor:
     return torch.isin(group_ids, torch.tensor(groups, dtype=group_ids.dtype))
 
 
-def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float]:
+def batch_metrics(batch: Columns, success_reward: float) -> dict[str, float]:
     """Metrics of the rollouts of a step. `all_one` and `all_zero` are the shares of groups in which every rollout, or
     none, is a success; the policy gradient learns only from the other groups."""
-    assert batch.rewards is not None
     _, index, sizes = batch.group_ids.unique(return_inverse=True, return_counts=True)
     success = batch.rewards >= success_reward
     successes = torch.zeros_like(sizes).scatter_add_(0, index, success.long())
@@ -342,17 +385,3 @@ def batch_metrics(batch: RolloutBatch, success_reward: float) -> dict[str, float
         "response_length": float(batch.response_lengths.float().mean()),
         **{f"reward.{name}": float(part.mean()) for name, part in batch.reward_parts.items()},
     }
-
-
-def engine_gaps(batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
-    """Differences between the rollout engine's numbers and the policy's scoring pass, over response tokens: the mean
-    absolute difference of log-probs and the largest absolute difference of entropies, nats."""
-    gaps = {}
-    mask = batch.response_mask & batch.sampled[:, None]
-    if batch.rollout_logprobs is not None:
-        difference = (batch.rollout_logprobs - scored_logprobs).abs()[mask]
-        gaps["rollout.logprob_gap"] = float(difference.mean()) if len(difference) else 0.0
-    if batch.entropies is not None:
-        difference = (batch.entropies - scored_entropies).abs()[mask]
-        gaps["rollout.entropy_gap"] = float(difference.max()) if len(difference) else 0.0
-    return gaps

@@ -8,9 +8,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from echorl_nemo.data.inputs import RunInputs
+from echorl_nemo.echo import segment_steps
+from echorl_nemo.echo.rows import Rows
 from echorl_nemo.engines.megatron.checkpoint import Checkpoints, Progress, load_weights
 from echorl_nemo.engines.megatron.generate import MegatronRolloutEngine
 from echorl_nemo.engines.megatron.model import build_model
@@ -22,7 +25,7 @@ from echorl_nemo.engines.megatron.trainer import StepResult, Trainer
 from echorl_nemo.errors import SharedError, UserError
 from echorl_nemo.ops.registry import Registry
 from echorl_nemo.report.config import METRICS_FILE
-from echorl_nemo.report.logger import read_lines
+from echorl_nemo.report.logger import ShownRollouts, read_lines
 from echorl_nemo.report.recorder import Recorder
 from echorl_nemo.report.skipped import save_skipped_batch
 from echorl_nemo.resilience.disk import explain_full_disk
@@ -30,6 +33,7 @@ from echorl_nemo.resilience.lock import RunLock
 from echorl_nemo.resilience.stop import EXIT_REQUEUE, StopRequest, StopSignals, job_deadline
 from echorl_nemo.resilience.watchdog import Watchdog
 from echorl_nemo.rewards import TIMED_OUT, VerifierPool
+from echorl_nemo.rollout.batch import RolloutBatch, rows_of_groups
 from echorl_nemo.rollout.engine import RolloutEngine
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.schema import RunConfig
@@ -136,19 +140,27 @@ class _TrainingLoop:
         if last or _due(step, settings.eval_every):
             done.metrics |= trainer.evaluate()
         self._record_progress(step, done)
+        self.watchdog.heartbeat("record")
+        shown = self._rollouts_to_show(done.batch) if self.config.logger.keeps_rollouts(step, last=last) else None
         if self.recorder is not None:
-            self.watchdog.heartbeat("record")
-            self.recorder.step(
-                step, done.metrics, done.batch, done.step_ids, self.inputs.tokenizer.pieces, trainer.failures
-            )
+            self.recorder.step(step, done.metrics, shown, self.inputs.tokenizer.pieces, trainer.failures)
         self.checkpoints.poll()
         self.stop.record_duration("step", time.perf_counter() - start)
         if last or _due(step, settings.save_every):
             self._save(done.metrics.get("eval.accuracy"))
         self._give_up_after_many_skipped()
 
+    def _rollouts_to_show(self, batch: RolloutBatch) -> ShownRollouts | None:
+        """The rollouts of the step's first groups, on the main rank."""
+        ids = Rows(len(batch), torch.device("cpu"), self.parallel.rows_group).gather(batch.group_ids)
+        groups = list(dict.fromkeys(ids.tolist()))[: self.config.logger.groups]
+        shown = self.parallel.gather_on_main(batch.select(rows_of_groups(batch, groups)))
+        if shown is None:
+            return None
+        return ShownRollouts(shown, segment_steps(shown.tokens, shown.response_mask, self.inputs.boundary_ids))
+
     def _record_progress(self, step: int, done: StepResult) -> None:
-        """Update the progress after a step, and print a warning if the step was skipped."""
+        """Update the progress after a step. Of a step that was skipped, save the batch and print a warning."""
         progress = self.progress
         progress.step, progress.position = step + 1, self.trainer.position
         for name in CARRIED:
@@ -161,8 +173,9 @@ class _TrainingLoop:
                 timeouts[failure["prompt"]] = timeouts.get(failure["prompt"], 0) + 1
                 failure["timeouts"] = str(timeouts[failure["prompt"]])
         done.metrics["skipped"] = float(bool(done.skipped))
-        if done.skipped and self.recorder is not None:
-            kept = save_skipped_batch(self.folder, step, done.batch, done.skipped)
+        whole = self.parallel.gather_on_main(done.batch) if done.skipped else None
+        if whole is not None and self.recorder is not None:
+            kept = save_skipped_batch(self.folder, step, whole, done.skipped)
             self.recorder.print(
                 f"warning: step {step + 1} was not finite, {progress.skipped_in_a_row} in a row, and is skipped: "
                 f"{done.skipped}; its batch is in {kept}"

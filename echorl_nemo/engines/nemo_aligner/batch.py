@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as megatron_parallel_state
 from megatron.core.utils import divide
 from nemo_aligner.algorithms.reinforce import ReinforceRolloutBatch
-from nemo_aligner.utils.distributed import rebalance_nd_tensor
 from torch import Tensor
 
 from echorl_nemo.data.source import raise_bad_rows, read_rows
@@ -36,13 +34,6 @@ class GRPORolloutBatch(ReinforceRolloutBatch):
         for name, values in self.data.items():
             ordered[name] = values[order]
         return ordered
-
-
-def gather_over_replicas(values: Tensor) -> Tensor:
-    """The ``values`` [rows, ...] of all replicas, concatenated in their order."""
-    if values.dtype == torch.bool:  # gathered by a sum
-        return rebalance_nd_tensor(values.to(torch.uint8), megatron_parallel_state.get_data_parallel_group()).bool()
-    return rebalance_nd_tensor(values, megatron_parallel_state.get_data_parallel_group())
 
 
 def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, sequence_length: int) -> Tensor:

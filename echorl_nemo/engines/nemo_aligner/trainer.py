@@ -23,12 +23,8 @@ from echorl_nemo.echo import (
     select_clips,
 )
 from echorl_nemo.echo.config import needs_steps_before
-from echorl_nemo.engines.nemo_aligner.batch import (
-    GRPORolloutBatch,
-    gather_over_replicas,
-    pad_to_multiple,
-    response_mask,
-)
+from echorl_nemo.echo.rows import Rows
+from echorl_nemo.engines.nemo_aligner.batch import GRPORolloutBatch, pad_to_multiple, response_mask
 from echorl_nemo.grpo import counted_rollouts, kl_estimate, overlong_penalty, step_advantages
 from echorl_nemo.grpo.degenerate import FIRST_COLLAPSE_THRESHOLD
 
@@ -109,48 +105,52 @@ class EchoGRPOTrainer(ReinforceTrainer):
         return rollouts, pending
 
     def generate_reinforce_data(self, rollout_batch: GRPORolloutBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Score the rollouts of the whole step, estimate advantages and select EchoClips. Returns this replica's share,
-        as `get_loss_and_metrics` takes it, and the statistics of the clips."""
-        batch = rollout_batch
+        """Score this replica's share of the rollouts of a step, estimate advantages and select EchoClips. Returns the
+        share, as `get_loss_and_metrics` takes it, and the statistics of the clips."""
+        whole = rollout_batch
         if self.model.cfg.get("sequence_parallel", False):
             ranks, eos_id = self.model.cfg.tensor_model_parallel_size, self.model.tokenizer.eos_id
-            batch["response_tokens"] = pad_to_multiple(batch["response_tokens"], ranks, eos_id=eos_id)
+            whole["response_tokens"] = pad_to_multiple(whole["response_tokens"], ranks, eos_id=eos_id)
+        batch = self._share(whole)
         tokens = batch["response_tokens"]
         batch["mask"] = response_mask(batch["prompt_lengths"], batch["response_lengths"], tokens.shape[1])
         self._score(batch)
+        rows = Rows(len(tokens), tokens.device, parallel_state.get_data_parallel_group())
         batch["advantages"] = step_advantages(
-            self._shaped_rewards(batch),
-            batch["group_ids"],
+            rows.gather(self._shaped_rewards(batch)),
+            whole["group_ids"],
             self.algo,
-            correct=batch["rewards"] >= self.echorl.success_reward,
+            correct=whole["rewards"] >= self.echorl.success_reward,
             success_reward=self.echorl.success_reward,
             entropies=batch["entropies"],
             response_mask=batch["mask"],
             collapse_threshold=FIRST_COLLAPSE_THRESHOLD,
+            rows=rows.own,
+            data_group=parallel_state.get_data_parallel_group(),
         )
-        batch["counted"] = counted_rollouts(batch["advantages"], batch["group_ids"], batch["is_end"], self.algo)
+        live = rows.gather((batch["advantages"] != 0).view(len(tokens), -1).any(dim=1))
+        batch["counted"] = counted_rollouts(live, whole["group_ids"], whole["is_end"], self.algo)[rows.own]
         statistics = self._select_clips(batch)
         keys = ["response_tokens", "mask", "advantages", "counted", "old_logprobs", "clip_weight"]
         keys += ["init_logprobs"] if self.compute_init_policy_kl else []
-        share = self._share(batch)
-        return {key: share[key] for key in keys}, statistics
+        return {key: batch[key] for key in keys}, statistics
 
     def _share(self, batch: GRPORolloutBatch) -> GRPORolloutBatch:
         return batch.chunk(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
     def _score(self, batch: GRPORolloutBatch) -> None:
-        """Score this replica's share and gather those of all: clips may depend on other rollouts of the step."""
-        tokens = self._share(batch)["response_tokens"]
+        """Fill in what the policy and, with a KL, the reference policy give for this replica's share."""
+        tokens = batch["response_tokens"]
         with self.timer("logprobs"):
             scored = dict(zip(("old_logprobs", "entropies"), self.model.score(tokens), strict=True))
         if self.compute_init_policy_kl:
             with self.timer("init_logprobs"):
                 scored["init_logprobs"] = self.model.get_init_policy_logprobs(tokens)
         for name, values in scored.items():
-            batch[name] = torch.where(batch["mask"], gather_over_replicas(values.contiguous()), 0.0)
+            batch[name] = torch.where(batch["mask"], values, 0.0)
 
     def _shaped_rewards(self, batch: GRPORolloutBatch) -> Tensor:
-        """[B]: the rewards from which advantages are estimated."""
+        """[n]: the rewards of this replica's share from which advantages are estimated."""
         lengths = batch["response_lengths"] - batch["prompt_lengths"]
         budget = self.model.cfg.grpo.length_params.max_length
         shaped = batch["rewards"] - overlong_penalty(lengths, budget, self.algo)
@@ -163,7 +163,7 @@ class EchoGRPOTrainer(ReinforceTrainer):
 
     def _select_clips(self, batch: GRPORolloutBatch) -> dict[str, float]:
         """Fill in the EchoClips of the verified successes. Returns their statistics and the weight of the clip loss."""
-        mask = batch["mask"]
+        mask, group = batch["mask"], parallel_state.get_data_parallel_group()
         batch["clip_weight"] = torch.zeros_like(batch["entropies"])
         if not self.echorl.enabled:
             return {}
@@ -175,10 +175,13 @@ class EchoGRPOTrainer(ReinforceTrainer):
             finished=batch["is_end"],
             group_ids=batch["group_ids"],
             config=self.echorl,
+            data_group=group,
             steps_before=count_steps_before(*steps) if needs_steps_before(self.echorl) else None,
         )
         batch["clip_weight"] = selection.weight
-        entropy = float(batch["entropies"].double().sum() / mask.sum().clamp(min=1))
+        total = torch.stack([batch["entropies"].double().sum(), mask.sum().double()])
+        torch.distributed.all_reduce(total, group=group)
+        entropy = float(total[0] / total[1].clamp(min=1))
         self.model.clip_coef = clip_coefficient(self.echorl, step=self.step, entropy=entropy)
         statistics = {f"echorl.{name}": value for name, value in selection.stats.items()}
         return {**statistics, "echorl.coef": self.model.clip_coef}

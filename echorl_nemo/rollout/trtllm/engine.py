@@ -24,7 +24,15 @@ from echorl_nemo.rollout.sampling import rollout_seed
 from echorl_nemo.rollout.trtllm.api import TrtllmApi, llm_arguments, load_api, sampling_arguments
 from echorl_nemo.rollout.trtllm.log import log_tail
 from echorl_nemo.rollout.trtllm.placement import create_placements, release_placements
-from echorl_nemo.rollout.trtllm.transfer import Rollout, token_logprobs, weight_buckets
+from echorl_nemo.rollout.trtllm.transfer import (
+    NO_ROLLOUT,
+    Rollout,
+    answer_in_time,
+    known_tokens,
+    rollout_batch,
+    token_logprobs,
+    weight_buckets,
+)
 
 T = TypeVar("T")
 
@@ -70,7 +78,7 @@ class TrtllmRolloutEngine:
         self._replicas: list[Any] = []
         self._places: list[Any] = []
         self._awake, self._mixed = True, False
-        self._requests = 0
+        self._requests = self._late = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         if ranks.is_main:
             self._loop = asyncio.new_event_loop()
@@ -89,9 +97,8 @@ class TrtllmRolloutEngine:
         chosen = self.temperature if temperature is None else temperature
         rows = [(prompt, member) for prompt in prompts for member in range(group_size)]
         rollouts = self._ask(lambda _: self._roll_out(rows, seed, chosen))
-        made = [self._batch(rows, rollouts, chosen)] if rollouts is not None else []
-        batch: RolloutBatch = self.ranks.all_gather_objects(made)[0]
-        return batch
+        made = self._batch(rows, rollouts, chosen) if rollouts is not None else None
+        return self.ranks.exchange_rollouts(made, [prompt.group_id for prompt in prompts])
 
     def update_weights(self, policy: WeightSource) -> None:
         """Transfer the policy's weights in buckets: each worker opens handles of memory on its GPU, which a rank of the
@@ -216,6 +223,8 @@ class TrtllmRolloutEngine:
         return -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(dim=-1)
 
     async def _roll_out(self, rows: Sequence[tuple[Prompt, int]], seed: int, temperature: float) -> list[Rollout]:
+        """The rollouts of ``rows``. Raises TimeoutError if all of them are late and have no token."""
+        self._late = 0
         tasks = [
             asyncio.ensure_future(self._request(number, prompt, member, seed, temperature))
             for number, (prompt, member) in enumerate(rows)
@@ -226,26 +235,37 @@ class TrtllmRolloutEngine:
             for task in tasks:
                 task.cancel()
             for answer in await asyncio.gather(*tasks, return_exceptions=True):
-                if not isinstance(answer, BaseException):
+                if not isinstance(answer, BaseException) and answer[1] is not None:
                     llm, output, _ = answer
                     await llm.collective_rpc("echorl_discard", args=([output.request_id],))
             raise
         rollouts: dict[int, Rollout] = {}
         for llm in self._replicas:
-            mine = [(number, output) for number, (owner, output, _) in enumerate(answers) if owner is llm]
+            mine = [(n, output) for n, (owner, output, _) in enumerate(answers) if owner is llm and output is not None]
             lengths = {
-                output.request_id: (len(rows[number][0].tokens), len(output.outputs[0].token_ids))
+                output.request_id: (len(rows[number][0].tokens), len(known_tokens(output.outputs[0])))
                 for number, output in mine
             }
             popped = await self._pop(llm, lengths)
             for number, output in mine:
                 rollouts[number] = self._rollout(output, popped[output.request_id], checked=answers[number][2])
-        return [rollouts[number] for number in range(len(rows))]
+        if self._late:
+            self._report_late(rollouts)
+        return [rollouts.get(number, NO_ROLLOUT) for number in range(len(rows))]
+
+    def _report_late(self, rollouts: dict[int, Rollout]) -> None:
+        minutes = self.config.trtllm.request_minutes
+        if not any(rollout.tokens for rollout in rollouts.values()):
+            raise TimeoutError(f"no rollout has a token after {minutes:g} minutes (rollout.trtllm.request_minutes)")
+        logging.getLogger(__name__).warning(
+            "%d rollouts took longer than rollout.trtllm.request_minutes=%g and are truncated", self._late, minutes
+        )
 
     async def _request(
         self, number: int, prompt: Prompt, member: int, seed: int, temperature: float
     ) -> tuple[Any, Any, bool]:
-        """(replica, RequestOutput, whether its largest log-probs are checked) of one rollout."""
+        """(replica, RequestOutput, whether its largest log-probs are checked) of one rollout. One that takes longer
+        than `rollout.trtllm.request_minutes` comes back with the tokens that it has."""
         assert self._api is not None
         self._requests += 1
         every = round(1 / self.config.check_share) if self.config.check_share else 0
@@ -268,7 +288,12 @@ class TrtllmRolloutEngine:
         llm = self._replicas[number % len(self._replicas)]
         pending = llm.generate_async(inputs={"prompt_token_ids": list(prompt.tokens)}, sampling_params=parameters)
         try:
-            return llm, await pending, checked
+            minutes = self.config.trtllm.request_minutes
+            output, late = await answer_in_time(pending, None if minutes is None else 60 * minutes)
+            self._late += late
+            if output is None:
+                await llm.collective_rpc("echorl_discard", args=([pending.request_id],))
+            return llm, output, checked
         except asyncio.CancelledError:
             pending.abort()
             await llm.collective_rpc("echorl_discard", args=([pending.request_id],))
@@ -282,8 +307,8 @@ class TrtllmRolloutEngine:
 
     def _rollout(self, output: Any, statistics: Tensor, *, checked: bool) -> Rollout:
         result = output.outputs[0]
-        tokens = list(result.token_ids)
-        logprobs, top = token_logprobs(tokens, result.logprobs)
+        tokens = known_tokens(result)
+        logprobs, top = token_logprobs(tokens, result.logprobs[: len(tokens)] if result.logprobs else None)
         if checked and top is not None:
             gap = float((statistics[:, 1] - torch.tensor(top)).abs().max()) if tokens else 0.0
             if not gap <= TOP_LOGPROB_TOLERANCE:  # NaN too
@@ -297,35 +322,15 @@ class TrtllmRolloutEngine:
     def _batch(
         self, rows: Sequence[tuple[Prompt, int]], rollouts: Sequence[Rollout], temperature: float
     ) -> RolloutBatch:
-        prompts = torch.tensor([len(prompt.tokens) for prompt, _ in rows])
-        lengths = prompts + torch.tensor([len(rollout.tokens) for rollout in rollouts])
-        width = int(lengths.max())
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        logprobs, entropies = torch.zeros(2, len(rows), width)
-        for row, ((prompt, _), rollout) in enumerate(zip(rows, rollouts, strict=True)):
-            start, end = int(prompts[row]), int(lengths[row])
-            tokens[row, :end] = torch.tensor([*prompt.tokens, *rollout.tokens])
-            entropies[row, start:end] = rollout.statistics[:, 0]
-            if rollout.logprobs is not None:
-                logprobs[row, start:end] = torch.tensor(rollout.logprobs)
-        positions = torch.arange(width)
+        batch = rollout_batch(rows, rollouts, self.tokenizer)
         # the engine's log-probs are those of temperature 1, if it cannot be asked for others, and the probe's entropies
         # those of the configured one
         known = (temperature == 1.0 or self._processed(temperature)) and all(
             rollout.logprobs is not None for rollout in rollouts
         )
-        return RolloutBatch(
-            tokens=tokens,
-            response_mask=(positions >= prompts[:, None]) & (positions < lengths[:, None]),
-            lengths=lengths,
-            finished=torch.tensor([rollout.finished for rollout in rollouts]),
-            group_ids=torch.tensor([prompt.group_id for prompt, _ in rows]),
-            answers=[prompt.answer for prompt, _ in rows],
-            prompts=[prompt.text for prompt, _ in rows],
-            responses=[self.tokenizer.decode(rollout.tokens) for rollout in rollouts],
-            rollout_logprobs=logprobs if known else None,
-            entropies=entropies if temperature == self.temperature else None,
-        )
+        batch.rollout_logprobs = batch.rollout_logprobs if known else None
+        batch.entropies = batch.entropies if temperature == self.temperature else None
+        return batch
 
     async def _pop(self, llm: Any, requests: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
         """The statistics of finished requests, which every worker of the replica then drops."""

@@ -14,7 +14,7 @@ from echorl_nemo.engines.megatron.platform import detect_platform
 from echorl_nemo.engines.megatron.run import silence_library_warnings
 from echorl_nemo.resilience.stop import StopSignals
 from echorl_nemo.resilience.watchdog import Watchdog
-from echorl_nemo.rollout.batch import RolloutBatch
+from echorl_nemo.rollout.batch import RolloutBatch, concatenate, rows_of_groups
 from echorl_nemo.schema import RunConfig
 
 silence_library_warnings()
@@ -102,9 +102,10 @@ def example_batch(newline: int, eos: int, rewards: list[list[float]] | None = No
 
 
 def prepared_batch(trainer: Trainer, **options: Any) -> tuple[RolloutBatch, dict[str, float]]:
-    """The example, scored and with its clips, as `Trainer.step` makes it; and what that reported."""
+    """This rank's part of the example, scored and with its clips, as `Trainer.step` makes it; and what that
+    reported."""
     (newline,) = trainer.boundary_ids
-    batch = example_batch(newline, eos=1, **options)
+    batch = own_part(trainer, example_batch(newline, eos=1, **options))
     trainer.score(batch)
     batch.rollout_logprobs = batch.old_logprobs
     trainer.estimate_advantages(batch)
@@ -112,9 +113,24 @@ def prepared_batch(trainer: Trainer, **options: Any) -> tuple[RolloutBatch, dict
     return batch, trainer.select_clips(batch, step_ids)
 
 
+def own_part(trainer: Trainer, batch: RolloutBatch) -> RolloutBatch:
+    """The rollouts of the groups that this rank trains on, of a batch that every rank has."""
+    groups = list(dict.fromkeys(batch.group_ids.tolist()))
+    return batch.select(rows_of_groups(batch, [groups[i] for i in trainer.parallel.data_shard(len(groups))]))
+
+
+def whole(trainer: Trainer, batch: RolloutBatch) -> RolloutBatch:
+    """The rollouts of all ranks, on every rank."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (trainer.parallel.data_rank, batch))
+    return concatenate([part for _, part in sorted(dict(parts).items())])
+
+
 def off_policy(batch: RolloutBatch) -> RolloutBatch:
-    """As if some updates had passed since: ratios on both sides of the clip."""
+    """As if some updates had passed since: ratios on both sides of the clip. The same whoever holds a rollout of the
+    example."""
     assert batch.old_logprobs is not None
-    noise = torch.randn(batch.old_logprobs.shape, generator=torch.Generator().manual_seed(5))
-    batch.old_logprobs = batch.old_logprobs + 0.3 * noise * batch.response_mask
+    noise = torch.randn(4, 4, 48, generator=torch.Generator().manual_seed(5))  # groups, members, positions
+    own = noise[batch.group_ids.unique()].flatten(0, 1)[:, : batch.tokens.shape[1]]
+    batch.old_logprobs = batch.old_logprobs + 0.3 * own * batch.response_mask
     return batch

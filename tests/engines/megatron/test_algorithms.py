@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from echorl_nemo.engines.megatron.layout import world_size
+from echorl_nemo.rollout.batch import rows_of_groups
 from echorl_nemo.schema import RunConfig
 from echorl_nemo.shipped import CONFIG_DIR
-from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of, whole
 
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))
 QUICK = ["rollout.max_new_tokens=30", "trainer.minibatch_prompts=2", "trainer.lr=1e-4"]
@@ -76,7 +77,9 @@ def test_the_reference_stays_and_scoring_it_leaves_the_policy(ranks: Callable[..
 def _dynamic(config: RunConfig) -> tuple[dict[str, float], list[int], list[float], int]:
     trainer = trainer_of(config)
     step = trainer.step()
-    metrics, batch = step.metrics, step.batch
+    metrics, batch = step.metrics, whole(trainer, step.batch)
+    share = len(batch.group_ids.unique()) // trainer.parallel.data_size
+    assert len(step.batch.group_ids.unique()) in (share, share + 1)  # also if all that is kept comes from one rank
     assert batch.rewards is not None and batch.clip_weight is not None
     patterns = batch.rewards.view(-1, config.rollout.group_size).mean(dim=1).tolist()
     return metrics, batch.group_ids.unique().tolist(), patterns, trainer.position
@@ -99,7 +102,7 @@ def test_dynamic_sampling_keeps_all_success_groups_for_their_clips(
 def _few_groups(config: RunConfig) -> dict[str, float]:
     trainer = trainer_of(config)
     batch, _ = prepared_batch(trainer)
-    return trainer.policy.update(batch.select(range(4))).metrics  # one group: the second replica has none
+    return trainer.policy.update(batch.select(rows_of_groups(batch, [0]))).metrics  # the second replica has none
 
 
 def test_a_replica_without_rollouts_takes_part(ranks: Callable[..., list[Any]]) -> None:

@@ -17,7 +17,7 @@ from echorl_nemo.releases import maps_local_experts
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
 from tests.engines.megatron.families import make_model
-from tests.engines.megatron.helpers import PLATFORM, prepared_batch, tiny_config, trainer_of
+from tests.engines.megatron.helpers import PLATFORM, own_part, prepared_batch, tiny_config, trainer_of, whole
 
 Ranks = Callable[..., list[Any]]
 PROMPTS = ["1a+1", "2a+3b*7c+1d+2e+5", "3a*3", "4a+4b+4c+4d+4e+4f+4", "5b*7"]
@@ -49,12 +49,13 @@ def _rollouts(config: RunConfig, order: list[int]) -> tuple[dict[int, list[list[
     trainer = trainer_of(config)
     prompts = trainer.train_data.all()
     batch = trainer.rollout.generate([prompts[i] for i in order], 2, seed=3)
+    batch.old_logprobs, _ = trainer.policy.score(batch)
+    batch = whole(trainer, batch)
     responses: dict[int, list[list[int]]] = {}
     for row, group in enumerate(batch.group_ids.tolist()):
         responses.setdefault(group, []).append(batch.tokens[row][batch.response_mask[row]].tolist())
-    logprobs, _ = trainer.policy.score(batch)
-    assert batch.rollout_logprobs is not None
-    return responses, float((logprobs - batch.rollout_logprobs).abs().max())
+    assert batch.rollout_logprobs is not None and batch.old_logprobs is not None
+    return responses, float((batch.old_logprobs - batch.rollout_logprobs).abs().max())
 
 
 @pytest.mark.parametrize("packed", [[], ["trainer.pack_tokens=64"]], ids=["padded", "packed"])
@@ -89,7 +90,7 @@ def _a_replica_without_a_prompt(config: RunConfig) -> int:
 
 def test_a_replica_without_a_prompt_goes_along(ranks: Ranks, tmp_path: Path) -> None:
     make_model("qwen3-moe", tmp_path / "model")
-    assert ranks(2, _a_replica_without_a_prompt, _config(tmp_path)) == [2, 2]
+    assert ranks(2, _a_replica_without_a_prompt, _config(tmp_path)) == [2, 0]
 
 
 def _update(config: RunConfig, group_sizes: list[int]) -> float:
@@ -106,6 +107,7 @@ def _update(config: RunConfig, group_sizes: list[int]) -> float:
         group_ids=torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(group_sizes)),
         rewards=(torch.arange(count) % 2).float(),
     )
+    batch = own_part(trainer, batch)
     trainer.score(batch)
     trainer.estimate_advantages(batch)
     metrics = trainer.policy.update(batch).metrics
@@ -133,9 +135,9 @@ def _trained(config: RunConfig, out: Path) -> tuple[torch.Tensor, list[str], lis
     trainer = trainer_of(config)
     trainer.policy.model.export(out)
     batch, _ = prepared_batch(trainer)
-    assert batch.old_logprobs is not None
-    scores = batch.old_logprobs.clone()
-    responses = trainer.rollout.generate(trainer.train_data.all(), 2, seed=3).responses
+    scores = whole(trainer, batch).old_logprobs
+    assert scores is not None
+    responses = whole(trainer, trainer.rollout.generate(trainer.train_data.all(), 2, seed=3)).responses
     return scores, responses, [trainer.policy.update(batch).metrics["grad_norm"] for _ in range(2)]
 
 

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from echorl_nemo.engines.megatron import trainer as training
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, own_part, tiny_config, trainer_of
 from tests.engines.megatron.oracle import Oracle, Rollout
 
 Ranks = Callable[..., list[Any]]
@@ -109,13 +110,8 @@ def _as_batch(rollouts: list[Rollout]) -> RolloutBatch:
 def _two_steps(config: RunConfig, batches: list[RolloutBatch], rewards: list[float]) -> Any:
     """On a rank: the metrics of two training steps on given rollouts, and the weights after them."""
     trainer = trainer_of(config)
-    waiting = [copy.deepcopy(batch) for batch in batches]
-
-    def verify(batch: RolloutBatch, *_: Any) -> list[dict[str, str]]:
-        batch.rewards = torch.tensor(rewards)
-        return []
-
-    training.verify_rollouts = verify  # type: ignore[assignment, attr-defined]
+    waiting = [own_part(trainer, replace(copy.deepcopy(batch), rewards=torch.tensor(rewards))) for batch in batches]
+    training.verify_rollouts = lambda *_: []  # type: ignore[attr-defined]
     trainer.rollout.generate = lambda *_, **__: waiting.pop(0)  # type: ignore[method-assign]
     metrics = [trainer.step().metrics for _ in batches]
     return metrics, {name: weight.double() for name, weight in trainer.policy.named_weights()}

@@ -8,17 +8,18 @@ import torch
 
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, off_policy, prepared_batch, tiny_config, trainer_of, whole
 
 
 def _first_steps(config: RunConfig) -> dict[str, Any]:
     """Scores and statistics of the example, and the metrics of three optimizer steps on it."""
     trainer = trainer_of(config)
     batch, stats = prepared_batch(trainer)
-    scored = (batch.old_logprobs, batch.entropies)
+    all_ranks = whole(trainer, batch)
+    scored = (all_ranks.old_logprobs, all_ranks.entropies)
     batch = off_policy(batch)
     metrics = [trainer.policy.update(batch).metrics for _ in range(3)]
-    return {"scored": scored, "clip_weight": batch.clip_weight, "stats": stats, "metrics": metrics}
+    return {"scored": scored, "clip_weight": all_ranks.clip_weight, "stats": stats, "metrics": metrics}
 
 
 def run(ranks: Callable[..., list[Any]], *overrides: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from echorl_nemo.engines.megatron.layout import world_size
 from echorl_nemo.rollout.batch import RolloutBatch
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, example_batch, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, example_batch, tiny_config, trainer_of, whole
 
 
 def _score(config: RunConfig) -> tuple[RolloutBatch, torch.Tensor, torch.Tensor]:
@@ -41,7 +41,10 @@ def test_scores_equal_a_float64_forward_of_transformers(ranks: Callable[..., lis
 def _generate(config: RunConfig, seed: int) -> tuple[RolloutBatch, torch.Tensor, torch.Tensor]:
     trainer = trainer_of(config)
     batch = trainer.rollout.generate(trainer.train_data.sequence(0, 4, seed=0), config.rollout.group_size, seed=seed)
-    return batch, *trainer.policy.score(batch)
+    batch.old_logprobs, batch.reference_logprobs = trainer.policy.score(batch)  # the second are its entropies
+    batch = whole(trainer, batch)
+    assert batch.old_logprobs is not None and batch.reference_logprobs is not None
+    return batch, batch.old_logprobs, batch.reference_logprobs
 
 
 def rollouts(ranks: Callable[..., list[Any]], *overrides: str, seed: int = 0) -> list[Any]:

@@ -18,7 +18,7 @@ from echorl_nemo.report.logger import read_lines
 from echorl_nemo.rollout.restart import RestartingEngine
 from echorl_nemo.rollout.trtllm.engine import TrtllmRolloutEngine
 from echorl_nemo.schema import RunConfig
-from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config, trainer_of
+from tests.engines.megatron.helpers import LAYOUTS, run_to_end, tiny_config, trainer_of, whole
 from tests.rollout import stub_trtllm
 from tests.rollout.stub_executor import Behaviour
 
@@ -113,7 +113,7 @@ def _train(config: RunConfig, behaviour: Behaviour, august: bool = False) -> dic
         steps = []
         for _ in range(3):
             step = trainer.step()
-            metrics, batch = step.metrics, step.batch
+            metrics, batch = step.metrics, whole(trainer, step.batch)
             steps.append((metrics, batch))
         llm = stub_trtllm.AsyncLLM.created[0] if stub_trtllm.AsyncLLM.created else None
         result = {

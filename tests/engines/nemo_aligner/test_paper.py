@@ -36,6 +36,7 @@ def _losses(config: DictConfig) -> list[tuple[float, float]]:
         )
         model.prepare_for_inference()
         share, _ = trainer.generate_reinforce_data(batch)
+        _, entropies = model.score(tokens)
         trainer.timer.consume_durations()
         model.finish_inference()
         model.prepare_for_training()
@@ -45,8 +46,8 @@ def _losses(config: DictConfig) -> list[tuple[float, float]]:
         model.finish_training()
         rows = [
             Row(
-                tokens[i, 1:].tolist(), mask[i].tolist(), batch["entropies"][i].tolist(),
-                batch["old_logprobs"][i].tolist(), bool(rewards[i] == 1.0 and batch["is_end"][i]), i // 4,
+                tokens[i, 1:].tolist(), mask[i].tolist(), entropies[i].tolist(),
+                share["old_logprobs"][i].tolist(), bool(rewards[i] == 1.0 and batch["is_end"][i]), i // 4,
             )
             for i in range(16)
         ]  # fmt: skip
