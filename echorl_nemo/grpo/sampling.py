@@ -15,7 +15,7 @@ def counted_rollouts(advantages: Tensor, group_ids: Tensor, finished: Tensor, co
     """
     counted = torch.ones_like(finished)
     if config.denominator == "live":
-        nonzero = (advantages != 0).reshape(len(advantages), -1).any(dim=1)
+        nonzero = advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(dim=1)
         counted = torch.isin(group_ids, group_ids[nonzero])
     return counted & finished if config.overlong_filter else counted
 

@@ -313,7 +313,8 @@ class Trainer:
 
     def _nonfinite(self, batch: RolloutBatch, names: Sequence[str]) -> str:
         """`nonfinite_values` of the first rank that has some, the same on every rank."""
-        found = self.parallel.all_gather_objects([nonfinite_values(batch, names)])
+        first = Rows(len(batch), torch.device("cpu"), self.parallel.rows_group).own.start
+        found = self.parallel.all_gather_objects([nonfinite_values(batch, names, first_row=first)])
         return next((sentence for sentence in found if sentence), "")
 
     def _engine_gaps(self, batch: RolloutBatch, scored_logprobs: Tensor, scored_entropies: Tensor) -> dict[str, float]:
@@ -351,16 +352,17 @@ SCORED = ("rewards", "old_logprobs", "entropies", "reference_logprobs")
 """Columns of a batch from which its advantages are estimated."""
 
 
-def nonfinite_values(batch: RolloutBatch, names: Sequence[str]) -> str:
+def nonfinite_values(batch: RolloutBatch, names: Sequence[str], *, first_row: int) -> str:
     """A sentence about the first of the columns ``names`` of ``batch`` whose numbers are not all finite; empty if all
-    are."""
+    are. ``first_row``: the number of the batch's first row among the rollouts of all ranks."""
     for name in names:
         values = getattr(batch, name)
         if values is None:
             continue
         wrong = ~values.isfinite() if values.dim() == 1 else (~values.isfinite() & batch.response_mask).any(dim=1)
         if bool(wrong.any()):
-            return f"{name} of {int(wrong.sum())} rollouts are not finite, the first in row {int(wrong.nonzero()[0])}"
+            row = first_row + int(wrong.nonzero()[0])
+            return f"{name} of {int(wrong.sum())} rollouts are not finite, the first in row {row}"
     return ""
 
 
