@@ -1,11 +1,13 @@
 """TensorRT-LLM's adapter by itself, against the stub: guards, versions, the contract with the real thing."""
 
 import ast
+import copy
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -292,6 +294,33 @@ def test_buckets_keep_to_their_size() -> None:
     weights = [(str(number), torch.zeros(size)) for number, size in enumerate((4, 4, 20, 1, 1))]
     buckets = [[name for name, _ in bucket] for bucket in weight_buckets(iter(weights), 32)]
     assert buckets == [["0", "1"], ["2"], ["3", "4"]]
+
+
+def test_one_worker_of_a_replica_returns_statistics_and_all_drop_them(
+    tiny_chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stub_trtllm.install():
+        made = engine(tiny_chain)
+        (llm,) = AsyncLLM.created
+        answers = []
+
+        async def two_workers(method: str, args: tuple[Any, ...] = (), **kwargs: Any) -> list[Any]:
+            """The second worker of a tensor-parallel replica has seen the same logits."""
+            first = getattr(llm.worker, method)
+            if method != "echorl_pop":
+                return [first(*args)]
+            kept = copy.deepcopy(llm.worker._probe._steps)
+            with mock.patch.object(llm.worker, "echorl_device", return_value="another GPU"):
+                other = first(*args)
+            assert llm.worker._probe.prune() == 0
+            llm.worker._probe._steps, llm.worker._probe._closed = kept, set()
+            answers.append((other, first(*args)))
+            return [other, answers[-1][1]]
+
+        monkeypatch.setattr(llm, "collective_rpc", two_workers)
+        batch = made.generate(prompts(made), 2, seed=0)
+        ((other, own),) = answers
+        assert other is None and own[1].shape == (int(batch.response_mask.sum()), 2)
 
 
 def test_more_replicas_than_gpus(tiny_chain: Path) -> None:

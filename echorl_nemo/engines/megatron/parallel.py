@@ -38,7 +38,7 @@ class Parallel:
     host_group: dist.ProcessGroup
     """All ranks, over gloo, for data in host memory."""
     replica_host_group: dist.ProcessGroup
-    """The ranks of `replica_group`, over gloo."""
+    """The ranks of `replica_group`, over gloo. The place of each is data_rank x context_size + context_rank."""
     data_host_group: dist.ProcessGroup
     """The ranks of `data_group`, over gloo."""
     share_host_group: dist.ProcessGroup
@@ -50,7 +50,6 @@ class Parallel:
     context_size: int
     data_rank: int
     data_size: int
-    replica_rank: int
     replica_size: int
     lockstep: bool
     """Whether replicas share the experts of a mixture, so that all must run every forward together."""
@@ -179,8 +178,12 @@ class Parallel:
                     own = part
                 else:
                     parts[data_rank] = pack_rollouts(part)
-        blobs = exchange_bytes(parts, self.replica_host_group, [d * self.context_size for d in range(self.data_size)])
+        blobs = exchange_bytes(parts, self.replica_host_group, self._first_of_each_share())
         return [batch for batch in (own, *map(unpack_rollouts, blobs)) if batch is not None]
+
+    def _first_of_each_share(self) -> list[int]:
+        """The places in `replica_host_group` of the ranks that send and receive rollouts."""
+        return [data_rank * self.context_size for data_rank in range(self.data_size)]
 
     def _broadcast_in_share(self, mine: RolloutBatch | None) -> RolloutBatch:
         if self.share_size == 1:
@@ -200,7 +203,7 @@ class Parallel:
         parts = [b""] * self.data_size
         if self.context_rank == 0 and not self.is_main:
             parts[0] = pack_rollouts(mine)
-        blobs = exchange_bytes(parts, self.replica_host_group, [d * self.context_size for d in range(self.data_size)])
+        blobs = exchange_bytes(parts, self.replica_host_group, self._first_of_each_share())
         return concatenate([mine, *map(unpack_rollouts, blobs)]) if self.is_main else None
 
 
@@ -247,7 +250,6 @@ def initialize(platform: Platform, layout: ParallelConfig, *, seed: int, timeout
         context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         replica_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         lockstep=layout.expert > 1 and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1,
         is_first_stage=first,

@@ -77,6 +77,7 @@ class TrtllmRolloutEngine:
         self._api: TrtllmApi | None = None
         self._replicas: list[Any] = []
         self._places: list[Any] = []
+        self._answering: dict[int, str] = {}  # GPU of the worker that returns statistics, by id of the replica
         self._awake, self._mixed = True, False
         self._requests = self._late = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -188,12 +189,15 @@ class TrtllmRolloutEngine:
 
         Raises GuardError if the engine decodes speculatively.
         """
-        reports = await self._on_workers(
-            "echorl_install", self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens
-        )
-        if any(report["spec_decode"] for report in reports):
-            raise GuardError("the engine decodes speculatively: a step's logits are not those of one token each")
-        return [report["device"] for report in reports]
+        arguments = (self.vocab_size, self.temperature, self.config.trtllm.max_waiting_tokens)
+        devices = []
+        for llm in self._replicas:
+            reports = await llm.collective_rpc("echorl_install", args=arguments)
+            if any(report["spec_decode"] for report in reports):
+                raise GuardError("the engine decodes speculatively: a step's logits are not those of one token each")
+            self._answering[id(llm)] = reports[0]["device"]
+            devices += [report["device"] for report in reports]
+        return devices
 
     async def _canary(self, llm: Any) -> None:
         """Check the probe with a short request that returns its logits: both must give the same entropies."""
@@ -333,9 +337,9 @@ class TrtllmRolloutEngine:
         return batch
 
     async def _pop(self, llm: Any, requests: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
-        """The statistics of finished requests, which every worker of the replica then drops."""
-        answers = await llm.collective_rpc("echorl_pop", args=(requests,))
-        order, values = answers[0]
+        """The statistics of finished requests from one worker of the replica; every worker then drops them."""
+        answers = await llm.collective_rpc("echorl_pop", args=(requests, self._answering[id(llm)]))
+        order, values = next(answer for answer in answers if answer is not None)
         return dict(zip(order, values.split([requests[request][1] for request in order]), strict=True))
 
     def _send(self, bucket: Sequence[tuple[str, Tensor]], device_key: str) -> None:

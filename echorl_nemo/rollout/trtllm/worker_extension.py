@@ -47,9 +47,12 @@ class EchoWorkerExtension:
             return "cpu"
         return str(torch.cuda.get_device_properties(self.device_id).uuid)
 
-    def echorl_pop(self, requests: Mapping[int, tuple[int, int]]) -> tuple[list[int], Tensor]:
-        """See `EntropyProbe.pop`: the client ids in order, and their rows in that order as one [tokens, 2] float32."""
+    def echorl_pop(self, requests: Mapping[int, tuple[int, int]], answering: str) -> tuple[list[int], Tensor] | None:
+        """See `EntropyProbe.pop`: the client ids in order, and their rows in that order as one [tokens, 2] float32.
+        Only the worker on the GPU ``answering`` returns them; the others have the same, and return None."""
         popped = self._probe.pop(requests)
+        if self.echorl_device() != answering:
+            return None
         return list(popped), torch.cat([torch.zeros(0, 2), *popped.values()])
 
     def echorl_discard(self, requests: Iterable[int]) -> None:
